@@ -1,0 +1,95 @@
+"""`cpet-bench cache ls|verify|prune|pin|unpin`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+
+from ..errors import InputError
+from ..store import Store
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["ls", "verify", "prune", "pin", "unpin"])
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="beginnings of keys, for verify, pin and unpin")
+    parser.add_argument("--quota", default="20G", help="for prune: bytes to keep at most, as in 500M or 20G (default 20G)")
+    parser.add_argument("--store", help="the store (default: the user's cache)")
+
+
+def run(args: argparse.Namespace) -> int:
+    store = Store(args.store)
+    if args.action == "ls":
+        return listing(store)
+    if args.action == "verify":
+        return verify(store, args.keys)
+    if args.action == "prune":
+        return prune(store, size(args.quota))
+    for key in matching(store, args.keys):
+        store.pin(key, args.action == "pin")
+        print(f"{key} {args.action}ned")
+    return 0
+
+
+def size(text: str) -> int:
+    """Bytes of `500M`, `20G`, `1000`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise InputError(f"{text!r} is no size; write one as 500M or 20G.", key="--quota")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def matching(store: Store, beginnings: list[str]) -> list[str]:
+    keys = list(store.keys())
+    if not beginnings:
+        raise InputError("Name at least one key (see cpet-bench cache ls).")
+    found = []
+    for text in beginnings:
+        hits = [k for k in keys if k.startswith(text)]
+        if not hits:
+            raise InputError(f"No artifact has a key that begins with {text!r}.", given=text, allowed=keys[:24])
+        found.extend(hits)
+    return found
+
+
+def human(number: float) -> str:
+    return f"{number / 2**20:,.1f} MB"
+
+
+def listing(store: Store) -> int:
+    pins, total = store.pins(), 0
+    for key in store.keys():
+        manifest = store.manifest(key)
+        if manifest is None:
+            print(f"{key}  damaged or unfinished")
+            continue
+        total += manifest.bytes
+        used = datetime.datetime.fromtimestamp(store.used(key)).isoformat(" ", "minutes")
+        pin = " pinned" if key in pins else ""
+        print(f"{key}  {human(manifest.bytes):>12}  {used}  {manifest.made.get('label', manifest.kind)}{pin}")
+    print(f"{human(total)} in {store.url}")
+    return 0
+
+
+def verify(store: Store, beginnings: list[str]) -> int:
+    keys = matching(store, beginnings) if beginnings else list(store.keys())
+    bad = 0
+    for key in keys:
+        faults = store.faults(key)
+        if faults:
+            bad += 1
+            print(f"{key}: {'; '.join(faults)}; dropped, the next run makes it again")
+            store.drop(key)
+    print(f"{len(keys)} artifacts looked at, {bad} damaged")
+    return 1 if bad else 0
+
+
+def prune(store: Store, quota: int) -> int:
+    before = sum(m.bytes for m in map(store.manifest, store.keys()) if m)
+    dropped = store.prune(quota)
+    for manifest in dropped:
+        print(f"dropped {manifest.key}  {human(manifest.bytes)}  {manifest.made.get('label', manifest.kind)}")
+    print(f"{human(before)} before, {human(before - sum(m.bytes for m in dropped))} after")
+    return 0

@@ -1,0 +1,79 @@
+"""The folder of a run: runs/NAME/ with run.json, plan.json, events.jsonl, records/, outcomes/ and logs/."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import StopError
+from .keys import plain, version
+from .plan import Plan
+from .recording import PACKAGES
+
+
+def start_folder(ready) -> None:
+    try:
+        (ready.folder / "records").mkdir(parents=True, exist_ok=True)
+        wanted = {cell.id for cell in ready.plan.cells}
+        for path in (ready.folder / "records").glob("*.json"):
+            if path.stem not in wanted:  # a cell this matrix no longer has
+                path.unlink()
+                (ready.folder / "outcomes" / f"{path.stem}.parquet").unlink(missing_ok=True)
+    except OSError as error:
+        raise StopError(f"Cannot write to {ready.folder}: {error.strerror or error}.") from error
+
+
+def finish_folder(ready, seconds: float) -> None:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    old = read_json(ready.folder / "run.json") or {}
+    body = {
+        "schema": 1,
+        "name": ready.folder.name,
+        "matrix": plain(ready.matrix),
+        "matrix_text": ready.matrix.path.read_text(),
+        "created": old.get("created", now),
+        "finished": now,
+        "seconds": round(old.get("seconds", 0.0) + seconds, 1),
+        "cells": [cell.id for cell in ready.plan.cells],
+        "device": ready.machine,
+        "versions": {p: version(p) for p in PACKAGES},
+        "events": "events.jsonl",
+    }
+    write_json(ready.folder / "run.json", body)
+    write_json(ready.folder / "plan.json", snapshot(ready.plan))
+
+
+def snapshot(plan: Plan) -> dict[str, Any]:
+    """What the next `plan` is compared with, to say why a step will run: role by role, the steps of each cell."""
+    return {
+        "steps": {k: {**s.identity(), "label": s.label} for k, s in plan.steps.items()},
+        "labels": {f"{s.kind} {s.label}": k for k, s in plan.steps.items()},
+    }
+
+
+def count(statuses: dict[str, str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for status in statuses.values():
+        found[status] = found.get(status, 0) + 1
+    return found
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write a JSON document whole: a kill leaves the old one or the new one. StopError where the disk will not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(json.dumps(body, indent=1, default=str, allow_nan=False) + "\n")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise StopError(f"Cannot write {path}: {error.strerror or error}.") from error

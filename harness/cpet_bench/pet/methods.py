@@ -1,0 +1,257 @@
+"""PET modules on a model: every PEFT method by its name and own fields, put in place and taken off again.
+
+PEFT replaces layers inside the model that it is given. So the model object stays the same one: `attach` returns it, and
+whatever runs it (scorer, probes, training) needs to know nothing about PEFT. The wrapper is kept beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, StepFailed, Unsupported
+from ..models.arch import block_linears
+from ..settings import PetSettings
+
+_KEPT = "_cpet_pet"  # attribute of the model that holds PEFT's wrapper and what was there before
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base weights
+
+
+def attach(model: nn.Module, pet: PetSettings, *, targets: dict[str, int] | None = None, seed: int = 0) -> nn.Module:
+    """Put a freshly initialised PET module on `model` (in place) and return `model`; its other weights are frozen.
+
+    Args:
+        targets: LoRA rank per layer (names as `block_linears` has them), for controls that are matched in size; alpha / r
+            is held equal on all of them. A method other than LoRA has plain LoRA as its control.
+        seed: of the random initialisation; the global generator is left as it was.
+    Raises:
+        InputError: unknown method or field, or a target module that matches nothing (with the nearest names).
+        Unsupported: PEFT cannot put this method on these layers; its own message is the reason.
+    """
+    _refuse_recovery(model)
+    config = _config(model, pet, targets)
+    _check_targets(model, config)
+    _inject(model, config, "default", seed)
+    return model
+
+
+def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str = "default") -> nn.Module:
+    """Put a saved PEFT adapter on `model` (in place) and return `model`. A second one, under another name, adds up.
+
+    PEFT passes over shapes and names that do not fit (peft issue 1746); here they are an error that names them.
+
+    Args:
+        folder: PEFT's format, `adapter_config.json` and `adapter_model.safetensors`.
+        trainable: whether its weights get gradients.
+    Raises:
+        StepFailed: names or shapes differ from what the model takes.
+        InputError: the folder holds no such adapter.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    _refuse_recovery(model)
+    weights = Path(folder, "adapter_model.safetensors")
+    if not weights.is_file() or not Path(folder, "adapter_config.json").is_file():
+        raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json and adapter_model.safetensors).")
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    _inject(model, config, name, 0)
+    wrapper = getattr(model, _KEPT)["wrapper"]
+    given = load_file(weights)
+    expected = get_peft_model_state_dict(wrapper, adapter_name=name, save_embedding_layers=False)
+    problems = differences({k: tuple(v.shape) for k, v in given.items()}, {k: tuple(v.shape) for k, v in expected.items()})
+    if problems:
+        detach(model)
+        raise StepFailed(f"The adapter does not fit this model: {problems}")
+    set_peft_model_state_dict(wrapper, given, adapter_name=name)
+    return model
+
+
+def differences(given: dict[str, tuple], expected: dict[str, tuple], shown: int = 6) -> str:
+    """What of `given` (tensor name to shape) does not fit `expected`, in words; empty where all of it fits."""
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+    missing = sorted(expected.keys() - given.keys())
+    extra = sorted(given.keys() - expected.keys())
+    wrong = sorted(k for k in given.keys() & expected.keys() if tuple(given[k]) != tuple(expected[k]))
+    parts = []
+    if wrong:
+        parts.append("other shapes: " + some([f"{k} is {list(given[k])}, here {list(expected[k])}" for k in wrong]))
+    if missing:
+        parts.append("not in the file: " + some(missing))
+    if extra:
+        parts.append("not in the model: " + some(extra))
+    return "; ".join(parts)
+
+
+def save(model: nn.Module, folder: Path, name: str = "default") -> None:
+    """Write the PET module in PEFT's own format; the same weights and settings give the same bytes."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    wrapper = getattr(model, _KEPT)["wrapper"]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(wrapper, adapter_name=name, save_embedding_layers=False)
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in sorted(state.items())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = _plain(wrapper.peft_config[name].to_dict())
+    # The base's folder on this machine means nothing elsewhere, and would make equal adapters differ.
+    settings |= {"inference_mode": True, "base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take every PET module off `model`: its layers are the very objects that were there before, its weights the same."""
+    kept = model.__dict__.pop(_KEPT, None)
+    if kept is None:
+        return model
+    for parent, children in kept["children"]:
+        parent._modules.clear()
+        parent._modules.update(children)
+    with torch.no_grad():
+        for weight, copy in kept["weights"]:
+            weight.copy_(copy)
+    for weight, wanted in kept["grad"]:
+        weight.requires_grad_(wanted)
+        weight.grad = None
+    if "peft_config" in model.__dict__:
+        del model.peft_config
+    return model
+
+
+def _plain(value: Any) -> Any:
+    """PEFT's settings as JSON; sets in a fixed order, since theirs differs from process to process."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.value if hasattr(value, "value") else value
+
+
+def _refuse_recovery(model: nn.Module) -> None:
+    if hasattr(model, "cpet_recovery"):
+        raise ValueError("put the PET module on before the recovery modules, which sit beside the whole of a layer")
+
+
+def _config(model: nn.Module, pet: PetSettings, targets: dict[str, int] | None):
+    """PEFT's configuration object of `pet` for this model."""
+    from dataclasses import fields
+
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from transformers.pytorch_utils import Conv1D
+
+    known = {t.value.lower(): c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    method, given = pet.method.lower().replace("-", "_"), pet.fields
+    if method not in known:
+        raise InputError(f"There is no PET method {pet.method!r}.", key="pet.method", given=method, allowed=known)
+    if targets is not None:
+        if method != PeftType.LORA.value.lower():
+            method, given = PeftType.LORA.value.lower(), {"r": 16, "lora_alpha": 16}
+        given = {**given, **_per_layer(given, targets)}
+    cls = known[method]
+    allowed = {f.name for f in fields(cls)}
+    for key in given:
+        if key not in allowed:
+            raise InputError(f"{cls.__name__} has no field {key!r}.", key=f"pet.{key}", given=key, allowed=allowed)
+    if "task_type" not in given:
+        given = {**given, "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"}
+    if "fan_in_fan_out" in allowed and "fan_in_fan_out" not in given:
+        given = {**given, "fan_in_fan_out": any(isinstance(m, Conv1D) for m in block_linears(model).values())}
+    try:
+        config = cls(**given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{cls.__name__}: {error}", key="pet") from error
+    if config.is_prompt_learning:
+        raise Unsupported(
+            f"{pet.method} trains virtual tokens in front of the prompt; training and scoring here run the blocks on the "
+            "documents' own tokens alone"
+        )
+    return config
+
+
+def _per_layer(given: dict[str, Any], targets: dict[str, int]) -> dict[str, Any]:
+    """LoRA fields that give each layer its own rank at one alpha / r (alpha / sqrt r where `use_rslora` says so)."""
+    r, alpha = given.get("r", 8), given.get("lora_alpha", 8)
+    ranks = list(targets.values())
+    base = max(set(ranks), key=lambda k: (ranks.count(k), k))
+
+    def scaled(rank: int) -> float:
+        return alpha * (rank / r) ** (0.5 if given.get("use_rslora") else 1.0)
+
+    other = {re.escape(name): rank for name, rank in targets.items() if rank != base}
+    return {
+        "target_modules": sorted(targets),
+        "r": base,
+        "lora_alpha": scaled(base),
+        "rank_pattern": other,
+        "alpha_pattern": {name: scaled(rank) for name, rank in other.items()},
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _check_targets(model: nn.Module, config) -> None:
+    """Every target module named must match something: PEFT only minds when none of them does."""
+    wanted = getattr(config, "target_modules", None)
+    if not wanted or wanted == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(wanted, str):
+        missing = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
+    else:
+        ends = {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
+        missing = sorted(t for t in wanted if t not in ends)
+    if missing:
+        allowed = {name.rpartition(".")[2] for name in block_linears(model)}
+        raise InputError(
+            f"No module of the model is named {', '.join(map(repr, missing))}.",
+            key="pet.target_modules",
+            given=missing[0],
+            allowed=allowed,
+        )
+
+
+def _inject(model: nn.Module, config, name: str, seed: int) -> None:
+    from peft import get_peft_model
+
+    kept = model.__dict__.get(_KEPT)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    fresh = kept is None
+    if fresh:
+        init = getattr(config, "init_lora_weights", None)
+        rewrites = isinstance(init, str) and init.lower().startswith(_REWRITES_BASE)
+        kept = {
+            "children": [(module, dict(module._modules)) for module in model.modules()],
+            "grad": [(p, p.requires_grad) for p in model.parameters()],
+            "weights": [(p, p.detach().clone()) for p in model.parameters()] if rewrites else [],
+        }
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            if fresh:
+                kept["wrapper"] = get_peft_model(model, config, adapter_name=name)
+            else:
+                kept["wrapper"].add_adapter(name, config)
+                kept["wrapper"].base_model.set_adapter([*kept["wrapper"].active_adapters, name])
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, KeyError) as error:
+        model.__dict__[_KEPT] = kept
+        detach(model)
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "target_modules" in text or "Target modules" in text:
+            raise InputError(text, key="pet.target_modules") from error
+        raise Unsupported(f"PEFT's {config.peft_type.value} cannot be put on this model: {text}") from error
+    model.__dict__[_KEPT] = kept
+    model.train(model.training)  # what was added follows the model's own mode

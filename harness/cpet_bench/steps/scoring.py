@@ -1,0 +1,49 @@
+"""Steps that run a deployment: responses to requests, and the probes of speed and memory."""
+
+from __future__ import annotations
+
+from ..settings import ProbeSettings, RecoverSettings
+from .context import Context
+
+
+def run_responses(ctx: Context) -> dict:
+    """Answer the requests with a base model and the adapter tuned on it, if there is one."""
+    from ..deployment import deploy
+    from ..evaluation.scorer import respond
+
+    adapters = [ctx.inputs["adapter"]] if "adapter" in ctx.inputs else []
+    with ctx.model() as model, deploy(model, adapters) as deployed:
+        return respond(
+            deployed,
+            ctx.tokenizer("model"),
+            ctx.inputs["requests"],
+            ctx.out,
+            tokens_per_batch=ctx.settings["tokens_per_batch"],
+            scratch=ctx.scratch,
+            progress=ctx.progress,
+            should_stop=ctx.should_stop,
+        )
+
+
+def run_probe(ctx: Context) -> dict:
+    """Speed and memory of a structure: the modules a cell attaches, with untrained weights (values do not change speed)."""
+    from ..models.loading import load_tokenizer
+    from ..probes import memory, throughput
+    from .tuning import attach_parts
+
+    settings = ProbeSettings.model_validate(ctx.settings["probes"])
+    found = {}
+    ctx.pool.clear()
+    memory.reset_peak(ctx.machine["device"])
+    with ctx.model() as model:
+        pet, recover = ctx.settings["pet"], ctx.settings.get("recover")
+        recovery = RecoverSettings(r=recover["r"], act=recover["act"]) if recover else None
+        with attach_parts(model, pet, recovery, ctx.settings.get("control"), seed=0) as deployed:
+            deployed.eval()
+            if settings.throughput:
+                ctx.progress(0, 1, "speed")
+                tokenizer = load_tokenizer(ctx.inputs["model"])
+                found |= throughput.measure(deployed, tokenizer, settings.throughput, ctx.machine["device"])
+            if settings.memory:
+                found |= memory.measure(deployed, ctx.pool.load_seconds.get(ctx.keys["model"]))
+    return {"probes": found}

@@ -1,0 +1,205 @@
+"""Steps that train, and what training needs: the teacher's features, input moments, the compensated start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..settings import DistillSettings, PetSettings, RecoverSettings, TrainSettings
+from .context import Context
+
+
+@contextmanager
+def attach_parts(model, pet: dict | None, recovery: RecoverSettings | None, control: dict | None, *, seed: int, init=None):
+    """`model` with freshly initialised parts of a cell on it, and taken off again at the end."""
+    from ..pet import methods
+    from ..restoring import recover
+
+    settings = PetSettings(**pet) if pet else None
+    ranks = control_ranks(model, settings, control) if control and control["control"] != "wider" else None
+    deployed = methods.attach(model, settings, targets=ranks, seed=seed) if settings else model
+    try:
+        if recovery:
+            recover.attach_recovery(deployed, recovery, seed=seed, init=init)
+        yield deployed
+    finally:
+        if recovery:
+            recover.detach_recovery(deployed)
+        if settings:
+            methods.detach(deployed)
+
+
+def control_ranks(model, pet: PetSettings, control: dict) -> dict[str, int]:
+    """LoRA ranks on the layers recovery sits on, with as many trainable parameters as the cell `of` has (within 1 %)."""
+    from ..models.arch import block_linears, features
+    from ..restoring.fairness import matched_ranks
+
+    shapes = {name: features(module) for name, module in block_linears(model).items()}
+    return matched_ranks(shapes, target_parameters(model, control))
+
+
+def target_parameters(model, control: dict) -> int:
+    """Trainable parameters of the cell a control is matched to: its PET module's and its recovery modules'."""
+    from ..models.arch import block_linears, features
+    from ..pet import methods
+    from ..restoring.fairness import trainable_count
+
+    other = methods.attach(model, PetSettings(**control["pet"]), seed=0)
+    count = trainable_count(other)
+    methods.detach(other)
+    if control["recover"]:
+        r = control["recover"]["r"]
+        count += sum(r * (a + b) for a, b in map(features, block_linears(model).values()))
+    return count
+
+
+def run_tune(ctx: Context) -> dict:
+    """Train the parts of one cell on its model; with no steps, put them together and save them."""
+    s = ctx.settings
+    recovery = RecoverSettings(r=s["recover"]["r"], act=s["recover"]["act"]) if "recover" in s else None
+    if recovery:
+        recovery = recovery.model_copy(update={"alpha": s["recover"]["scale"] * recovery.r})
+    with ctx.model(purpose="train") as model:
+        start = _start(ctx, model)
+        if start is not None:
+            return _train_from(ctx, model, start, recovery)
+        with attach_parts(
+            model, s["pet"], recovery, s.get("control"), seed=s["seed"], init=ctx.inputs.get("init")
+        ) as deployed:
+            return _train_and_save(ctx, deployed, recovery)
+
+
+def _start(ctx: Context, model) -> Path | None:
+    """The adapter folder training starts from: D's, D's extended (`wider`), or one the user has."""
+    from ..restoring.fairness import wider
+
+    if "inherit" in ctx.inputs:
+        folder = ctx.inputs["inherit"] / "adapter"
+    elif "inherit" in ctx.settings:
+        folder = _user_adapter(ctx)
+    else:
+        return None
+    control = ctx.settings.get("control")
+    if control and control["control"] == "wider":
+        extended = ctx.scratch / "wider"
+        shutil.rmtree(extended, ignore_errors=True)
+        wider(folder, target_parameters(model, control), extended)
+        return extended
+    return folder
+
+
+def _user_adapter(ctx: Context) -> Path:
+    scheme, _, name = ctx.settings["inherit"].partition(":")
+    if scheme == "hf":
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "*.safetensors"]))
+    folder = Path(ctx.params["base"], name)
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json is missing).", key="restoring.inherit.from")
+    return folder
+
+
+def _train_from(ctx: Context, model, start: Path, recovery: RecoverSettings | None) -> dict:
+    from ..pet import methods
+    from ..restoring import recover
+
+    deployed = methods.attach_saved(model, start, trainable=True)
+    try:
+        if recovery:
+            recover.attach_recovery(deployed, recovery, seed=ctx.settings["seed"], init=ctx.inputs.get("init"))
+        return _train_and_save(ctx, deployed, recovery)
+    finally:
+        if recovery:
+            recover.detach_recovery(deployed)
+        methods.detach(deployed)
+
+
+def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> dict:
+    from ..evaluation.pairs import read_pairs
+    from ..pet import methods
+    from ..restoring import recover
+    from ..restoring.fairness import trainable_count
+    from ..training import train
+
+    s = ctx.settings
+    settings = TrainSettings.model_validate({**s["train"], "checkpoint_every": ctx.params["checkpoint_every"]})
+    distill = DistillSettings.model_validate(s["distill"]) if "distill" in s else None
+    extra = (s.get("control") or {}).get("extra_steps", 0)
+    count = trainable_count(model)
+    facts: dict[str, Any] = {"steps": 0, "documents": 0, "tokens": 0, "flops": 0, "losses": [], "seconds": 0.0}
+    if settings.steps + extra:
+        facts = train(
+            model,
+            read_pairs(ctx.inputs["pairs"]),
+            settings,
+            distill=distill,
+            features=ctx.inputs.get("features"),
+            scratch=ctx.scratch,
+            progress=ctx.progress,
+            should_stop=ctx.should_stop,
+            extra_steps=extra,
+        )
+    methods.save(model, ctx.out / "adapter")
+    parts = {s["pet"]["method"]: count}
+    if recovery:
+        recover.save_recovery(model, ctx.out / "recovery", recovery)
+        parts["recovery"] = recover.recovery_parameters(model)
+        parts[s["pet"]["method"]] -= parts["recovery"]
+    losses = facts.pop("losses", [])
+    _write_losses(losses, ctx.out / "losses.parquet")
+    facts |= {"trainable_parameters": count, "by_part": parts, "lr": settings.lr}
+    (ctx.out / "training.json").write_text(json.dumps(facts, indent=1, default=str))
+    thin = max(1, len(losses) // 200)
+    facts["losses"] = losses[::thin]
+    if "inherit" in ctx.facts:
+        source = ctx.facts["inherit"]
+        facts["inherited"] = {k: source.get(k) for k in ("steps", "tokens", "flops", "seconds")}
+    return facts
+
+
+def _write_losses(losses: list[dict], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if losses:
+        pq.write_table(pa.Table.from_pylist(losses), path)
+
+
+def run_teacher(ctx: Context) -> dict:
+    """Hidden states of M + D (or C + D) over the documents training visits, computed once and kept."""
+    from ..deployment import deploy
+    from ..evaluation.pairs import read_pairs
+    from ..restoring.distill import teacher_features
+
+    s = ctx.settings
+    kl = {"top_k": s["top_k"]} if s["top_k"] else None
+    distill = DistillSettings.model_validate({"hidden": s["hidden"], "kl": kl})
+    train = TrainSettings.model_validate(s["order"])
+    with ctx.model() as model, deploy(model, [ctx.inputs["adapter"]]) as teacher:
+        return teacher_features(teacher, read_pairs(ctx.inputs["pairs"]), distill, train, ctx.out, ctx.progress)
+
+
+def run_moments(ctx: Context) -> dict:
+    """Mean of x xT of every linear layer's input, over calibration documents passed through the compressed model."""
+    from ..evaluation.pairs import calibration_ids
+    from ..restoring.compensate import input_moments
+
+    s = ctx.settings
+    examples = calibration_ids(ctx.inputs["pairs"], s["documents"], s["max_tokens"], s["seed"])
+    with ctx.model() as model:
+        return input_moments(model, examples, ctx.out, ctx.progress)
+
+
+def run_compensation(ctx: Context) -> dict:
+    """The recovery that reproduces the compression's error best at rank r."""
+    from ..restoring.compensate import compensation
+
+    s = ctx.settings
+    with ctx.model() as model:
+        moments = ctx.inputs.get("moments")
+        return compensation(ctx.inputs["dense"], model, moments, s["r"], s["method"], ctx.out, ctx.progress)

@@ -1,0 +1,79 @@
+import random
+
+from cpet_bench.schedule import Schedule
+from cpet_bench.steps import Step
+
+
+def step(name, **needs):
+    return Step("tune", {"name": name}, needs, name, {})
+
+
+def graph(*edges):
+    """Steps by name; each edge is (name, {role: name})."""
+    steps, keys = {}, {}
+    for name, needs in edges:
+        made = step(name, **{role: keys[n] for role, n in needs.items()})
+        keys[name] = made.key
+        steps[made.key] = made
+    return steps, keys
+
+
+def test_needs_come_first_and_the_longest_path_before_short_ones():
+    steps, k = graph(("m", {}), ("short", {"model": "m"}), ("long", {"model": "m"}), ("after", {"x": "long"}))
+    s = Schedule(steps, steps, (), {k["after"]: 100.0})
+    assert s.next() == k["m"]
+    s.start(k["m"])
+    assert s.next() is None
+    s.finish(k["m"])
+    assert s.next() == k["long"]
+
+
+def test_a_worker_gets_steps_of_the_model_it_holds():
+    steps, k = graph(("a", {}), ("b", {}), ("on-a", {"model": "a"}), ("on-b", {"model": "b"}), ("b2", {"x": "on-b"}))
+    s = Schedule(steps, list(steps)[2:], list(steps)[:2], {k["b2"]: 50.0})
+    assert s.next(held=[k["a"]]) == k["on-a"]
+    assert s.next(held=[]) == k["on-b"]
+
+
+def test_a_failure_takes_only_what_follows_from_it():
+    steps, k = graph(("m", {}), ("bad", {"model": "m"}), ("child", {"x": "bad"}), ("other", {"model": "m"}))
+    s = Schedule(steps, steps, [k["m"]], {})
+    s.start(k["bad"])
+    assert set(s.fail(k["bad"])) == {k["bad"], k["child"]}
+    assert s.next() == k["other"] and not s.finished
+    s.finish(k["other"])
+    assert s.finished
+
+
+def test_a_damaged_need_is_made_again_first():
+    steps, k = graph(("m", {}), ("t", {"model": "m"}), ("u", {"model": "m"}))
+    s = Schedule(steps, [k["t"], k["u"]], [k["m"]], {})
+    s.start(k["t"])
+    s.redo(k["m"], k["t"])
+    assert s.next() == k["m"]
+    s.start(k["m"])
+    assert s.next() is None
+    s.finish(k["m"])
+    assert {s.next()} <= {k["t"], k["u"]}
+
+
+def test_random_graphs_run_each_step_once_and_in_order():
+    rng = random.Random(1)
+    for _ in range(50):
+        edges = []
+        for i in range(30):
+            needs = {f"r{j}": f"n{j}" for j in rng.sample(range(i), min(i, rng.randint(0, 3)))}
+            edges.append((f"n{i}", needs))
+        steps, _ = graph(*edges)
+        s, ran, running = Schedule(steps, steps, (), {}), [], []
+        while not s.finished:
+            key = s.next()
+            if key is not None and len(running) < 3:
+                assert all(n in ran for n in steps[key].needs.values())
+                s.start(key)
+                running.append(key)
+                continue
+            done = running.pop(rng.randrange(len(running)))
+            s.finish(done)
+            ran.append(done)
+        assert sorted(ran) == sorted(steps)
