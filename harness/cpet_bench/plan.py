@@ -153,10 +153,13 @@ class Planner:
         return self._add(cell, "tune", settings, needs, label, params=params, work=max(work, 1))
 
     def _teacher(self, cell: Cell, distill: DistillSettings) -> str:
+        order = {k: getattr(cell.train, k) for k in ("steps", "batch", "order_seed", "max_tokens")}
+        if cell.restoring.control == "longer":
+            order["steps"] += cell.dense.train.steps
         settings = {
             "hidden": distill.hidden,
             "top_k": distill.kl.top_k if distill.kl else None,
-            "order": {k: getattr(cell.train, k) for k in ("steps", "batch", "order_seed")},
+            "order": order,
             **self._numeric(),
         }
         needs = {

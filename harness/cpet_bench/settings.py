@@ -211,9 +211,13 @@ class RestoringSettings(Settings):
 
 
 class PromptSettings(Settings):
-    """How a document becomes text; one object for training, teacher and evaluation, and part of their keys."""
+    """How a document becomes text; one object for training, teacher and evaluation, and part of their keys.
 
-    fewshot: Natural = 0
+    fewshot: solved examples before the question (None: as many as the task itself says, which is 0 for most).
+    max_tokens: longest prompt and answer together; what is more is cut off at the left.
+    """
+
+    fewshot: Natural | None = None
     system: str | None = None
     chat_template: bool = False
     max_tokens: Positive = 2048

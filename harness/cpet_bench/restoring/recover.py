@@ -20,25 +20,61 @@ from ..models.arch import block_linears, features
 from ..pet.methods import differences
 from ..settings import RecoverSettings
 
-ACTIVATIONS = {"gelu": F.gelu, "sigmoid": torch.sigmoid, "identity": None}
+ACTIVATIONS = {"gelu": F.gelu, "sigmoid": torch.sigmoid, "identity": lambda z: z}
 _HOOKS = "_cpet_recovery_hooks"
 
 
+class _Beside(torch.autograd.Function):
+    """y + s U2 act(U1 x) with its gradients written out: as the same in plain operations, in half of the time on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, y, u1, u2, act, scale):
+        flat = x.reshape(-1, x.shape[-1])
+        v1, v2 = u1.to(x.dtype), u2.to(x.dtype)
+        z = flat @ v1.t()
+        a = ACTIVATIONS[act](z)
+        if scale != 1.0:
+            a = a * scale
+        ctx.save_for_backward(flat, z, a, v1, v2)
+        ctx.act, ctx.scale, ctx.shape = act, scale, x.shape
+        out = (a @ v2.t()).view(y.shape)
+        return out.add_(y) if out.dtype == y.dtype else y + out.to(y.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        flat, z, a, v1, v2 = ctx.saved_tensors
+        needs_x, needs_y, needs_u1, needs_u2 = ctx.needs_input_grad[:4]
+        g = grad.reshape(-1, grad.shape[-1]).to(v2.dtype)
+        grad_x = grad_u1 = grad_u2 = None
+        if needs_u2:
+            grad_u2 = (a.t() @ g).t().float()
+        if needs_x or needs_u1:
+            gz = g @ v2
+            if ctx.scale != 1.0:
+                gz = gz * ctx.scale
+            if ctx.act == "gelu":
+                gz = torch.ops.aten.gelu_backward(gz, z)
+            elif ctx.act == "sigmoid":
+                gz = torch.ops.aten.sigmoid_backward(gz, torch.sigmoid(z))
+            if needs_u1:
+                grad_u1 = (gz.t() @ flat).float()
+            if needs_x:
+                grad_x = (gz @ v1).view(ctx.shape)
+        return grad_x, grad if needs_y else None, grad_u1, grad_u2, None, None
+
+
 class Recovery(nn.Module):
-    """s U2 act(U1 x) for x (..., in), giving (..., out) in x's dtype."""
+    """U1 (r x in) and U2 (out x r) of one layer, in fp32."""
 
     def __init__(self, u1: torch.Tensor, u2: torch.Tensor, act: str, scale: float):
         super().__init__()
         self.U1, self.U2 = nn.Parameter(u1), nn.Parameter(u2)
-        self.act, self.scale = ACTIVATIONS[act], scale
+        self.act, self.scale = act, scale
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = F.linear(x, self.U1.to(x.dtype))
-        if self.act is not None:
-            z = self.act(z)
-        if self.scale != 1.0:
-            z = z * self.scale
-        return F.linear(z, self.U2.to(x.dtype))
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y + s U2 act(U1 x) in y's dtype; x is (..., in), y is what the layer gives for it, (..., out)."""
+        return _Beside.apply(x, y, self.U1, self.U2, self.act, self.scale)
 
 
 def kaiming_(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -184,6 +220,6 @@ def _device(module: nn.Module) -> torch.device:
 
 def _beside(recovery: Recovery):
     def hook(module, args, output):
-        return output + recovery(args[0]).to(output.dtype)
+        return recovery(args[0], output)
 
     return hook

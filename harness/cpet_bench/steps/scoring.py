@@ -29,12 +29,13 @@ def run_probe(ctx: Context) -> dict:
     """Speed and memory of a structure: the modules a cell attaches, with untrained weights (values do not change speed)."""
     from ..models.loading import load_tokenizer
     from ..probes import memory, throughput
+    from ..worker import reset_peak
     from .tuning import attach_parts
 
     settings = ProbeSettings.model_validate(ctx.settings["probes"])
     found = {}
     ctx.pool.clear()
-    memory.reset_peak(ctx.machine["device"])
+    reset_peak(ctx.machine["device"])
     with ctx.model() as model:
         pet, recover = ctx.settings["pet"], ctx.settings.get("recover")
         recovery = RecoverSettings(r=recover["r"], act=recover["act"]) if recover else None

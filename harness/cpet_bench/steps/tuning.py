@@ -143,6 +143,7 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
             progress=ctx.progress,
             should_stop=ctx.should_stop,
             extra_steps=extra,
+            seed=s["seed"],
         )
     methods.save(model, ctx.out / "adapter")
     parts = {s["pet"]["method"]: count}

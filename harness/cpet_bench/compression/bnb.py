@@ -1,0 +1,104 @@
+"""bitsandbytes: LLM.int8() (arXiv 2208.07339), NF4 and FP4 (QLoRA, arXiv 2305.14314), through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..errors import Unsupported
+from ..settings import Settings
+
+
+class BitsAndBytes:
+    """Linear layers of the blocks in 8 or 4 bits; head and embeddings stay as they are."""
+
+    name = "bitsandbytes"
+    version = 1
+    packages = ("torch", "transformers", "bitsandbytes")
+    calibrated = False
+
+    class Settings(Settings):
+        """type: int8, nf4 or fp4. double_quant: quantise the scales too (4 bits). threshold: int8's outlier threshold.
+
+        compute_dtype: of the 4-bit layers' products; auto is the run's own number format.
+        """
+
+        type: Literal["int8", "nf4", "fp4"]
+        double_quant: bool = False
+        threshold: float = Field(6.0, ge=0)
+        compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+        @model_validator(mode="after")
+        def _fits(self):
+            given = self.model_fields_set
+            if self.type == "int8" and given & {"double_quant", "compute_dtype"}:
+                raise ValueError("double_quant and compute_dtype belong to nf4 and fp4, not to int8")
+            if self.type != "int8" and "threshold" in given:
+                raise ValueError(f"threshold belongs to int8, not to {self.type}")
+            return self
+
+    @staticmethod
+    def structure(settings) -> dict[str, Any]:
+        return settings.model_dump(mode="json")
+
+    @staticmethod
+    def refuse(settings, before: list[str]) -> str | None:
+        if "bitsandbytes" in before:
+            return "the weights are packed by bitsandbytes already"
+        return None
+
+    @staticmethod
+    def compress(
+        source: Path,
+        out: Path,
+        settings,
+        *,
+        examples: list[list[int]] | None,
+        device: str,
+        dtype: str,
+        progress: Callable[[int, int, str], None],
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Quantise and save in transformers' own format. Facts: bits, layers, bytes (stored)."""
+        import importlib.util
+
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise Unsupported("bitsandbytes is not installed (pip install bitsandbytes)")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+
+        from ..models.arch import block_linears
+        from ..models.loading import load_config, load_tokenizer
+
+        config = load_config(source)
+        if config.get("quantization_config"):
+            raise Unsupported(f"the model is quantised already ({config['quantization_config'].get('quant_method')})")
+        compute = dtype if settings.compute_dtype == "auto" else settings.compute_dtype
+        if settings.type == "int8":
+            how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=settings.threshold)
+        else:
+            how = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=settings.type,
+                bnb_4bit_use_double_quant=settings.double_quant,
+                bnb_4bit_compute_dtype=getattr(torch, compute),
+            )
+        auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+        progress(0, 2, "quantising")
+        model = auto.from_pretrained(
+            source, quantization_config=how, dtype=torch.float32, device_map={"": device}, use_safetensors=True
+        )
+        wanted = "Linear8bitLt" if settings.type == "int8" else "Linear4bit"
+        layers = block_linears(model)
+        left = [name for name, layer in layers.items() if type(layer).__name__ != wanted]
+        if len(left) == len(layers):
+            raise Unsupported(f"bitsandbytes took none of this model's {len(layers)} linear layers")
+        progress(1, 2, "saving")
+        model.save_pretrained(out, safe_serialization=True)
+        load_tokenizer(source).save_pretrained(out)
+        stored = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+        bits = 8 if settings.type == "int8" else 4
+        return {"bits": bits, "layers": len(layers) - len(left), "left_dense": left, "bytes": stored}

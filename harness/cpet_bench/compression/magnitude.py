@@ -1,0 +1,49 @@
+"""Magnitude pruning: the smallest weights of each layer (or of each group of m inputs) become zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .masks import PatternSettings, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
+
+
+class Magnitude:
+    """A plain top-k of |W|, per group for n:m and per layer for a share; never the head or the embeddings."""
+
+    name = "magnitude"
+    version = 1
+    packages = ("torch", "transformers")
+    calibrated = False
+    Settings = PatternSettings
+
+    @staticmethod
+    def structure(settings) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def refuse(settings, before: list[str]) -> str | None:
+        return refuse_packed(before)
+
+    @staticmethod
+    def compress(
+        source: Path,
+        out: Path,
+        settings: PatternSettings,
+        *,
+        examples: list[list[int]] | None,
+        device: str,
+        dtype: str,
+        progress: Callable[[int, int, str], None],
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Prune and save. Facts: sparsity (whole and by kind of layer), bytes; speed stays the dense kernels'."""
+        model, layers = load_plain(source, device, "float32")
+        for done, (name, module) in enumerate(layers.items()):
+            weight = weight_out_in(module)
+            weight.mul_(keep_mask(weight.abs().float(), settings, per_row=False))
+            progress(done + 1, len(layers), name)
+        facts = check_zeros(layers, settings)
+        note = {"backend": "magnitude", **settings.model_dump(mode="json"), **facts}
+        return {**facts, "bytes": save(model, source, out, note), "simulated": ["size", "speed"]}

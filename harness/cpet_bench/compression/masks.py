@@ -1,0 +1,131 @@
+"""What pruning by masks shares: the pattern, choosing what stays, checking the zeros, saving."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from ..errors import StepFailed, Unsupported
+from ..settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PatternSettings(Settings):
+    """Either `pattern: "n:m"` (n of every m consecutive inputs stay) or `sparsity` (the share that goes, per layer)."""
+
+    pattern: str | None = None
+    sparsity: float | None = Field(None, gt=0, lt=1)
+
+    @field_validator("pattern")
+    @classmethod
+    def _shape(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", value)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(f"{value!r} is no n:m pattern with n < m, such as 2:4 (quote it: YAML reads 2:4 as a number)")
+        return value
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.pattern is None) == (self.sparsity is None):
+            raise ValueError("give either pattern (such as '2:4') or sparsity (such as 0.5)")
+        return self
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """(n, m) of the pattern: n of m stay."""
+        return tuple(map(int, self.pattern.split(":"))) if self.pattern else None
+
+
+def refuse_packed(before: list[str]) -> str | None:
+    """Why a mask cannot follow these backends."""
+    packed = [name for name in before if name in ("bitsandbytes", "gptq", "rtn")]
+    return f"pruning needs plain weights, and {packed[-1]} packs them; put the pruning first" if packed else None
+
+
+def load_plain(source: Path, device: str, dtype: str):
+    """A model whose block layers are all plain weights, or Unsupported."""
+    from ..models.arch import block_linears
+    from ..models.loading import load_config, load_model
+
+    quantised = load_config(source).get("quantization_config")
+    if quantised:
+        raise Unsupported(f"pruning needs plain weights; the model is quantised ({quantised.get('quant_method')})")
+    model = load_model(source, device=device, dtype=dtype)
+    return model, block_linears(model)
+
+
+def stored_dtype(source: Path) -> str:
+    """The number format the weights of a model folder are stored in."""
+    from ..models.loading import load_config
+
+    config = load_config(source)
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def keep_mask(score: torch.Tensor, settings: PatternSettings, per_row: bool) -> torch.Tensor:
+    """True where a weight stays, for scores (out x in): the highest n of each group of m inputs, or the highest share.
+
+    per_row: the share is of each output row (Wanda), not of the whole layer (magnitude).
+    """
+    import torch
+
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    if settings.nm:
+        n, m = settings.nm
+        if score.shape[1] % m:
+            raise Unsupported(f"{m} does not divide a layer's width {score.shape[1]}, so {settings.pattern} cannot be")
+        groups = score.reshape(score.shape[0], -1, m)
+        top = groups.topk(n, dim=-1).indices
+        return mask.view_as(groups).scatter_(-1, top, True).view_as(score)
+    if per_row:
+        keep = score.shape[1] - int(score.shape[1] * settings.sparsity)
+        return mask.scatter_(1, score.topk(keep, dim=1).indices, True)
+    keep = score.numel() - int(score.numel() * settings.sparsity)
+    mask.view(-1)[score.flatten().topk(keep).indices] = True
+    return mask
+
+
+def weight_out_in(module) -> torch.Tensor:
+    """The layer's own weight seen as (out x in); writing to it writes to the layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    return module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
+
+
+def check_zeros(layers: dict[str, Any], settings: PatternSettings) -> dict[str, Any]:
+    """The zeros really there: share by kind of layer, and for n:m that no group has more than n left. Raises StepFailed."""
+    kinds: dict[str, list[int]] = {}
+    for name, module in layers.items():
+        weight = weight_out_in(module)
+        zeros = int((weight == 0).sum())
+        total = kinds.setdefault(name.rpartition(".")[2], [0, 0])
+        total[0] += zeros
+        total[1] += weight.numel()
+        if settings.nm:
+            n, m = settings.nm
+            if int((weight.reshape(weight.shape[0], -1, m) != 0).sum(-1).max()) > n:
+                raise StepFailed(f"{name} has groups with more than {n} of {m} weights left")
+    done, every = sum(z for z, _ in kinds.values()), sum(t for _, t in kinds.values())
+    by_kind = {name: round(z / t, 6) for name, (z, t) in kinds.items()}
+    return {"sparsity": round(done / every, 6), "sparsity_by_kind": by_kind, "zeros_checked": True}
+
+
+def save(model, source: Path, out: Path, note: dict[str, Any]) -> int:
+    """Write the model in the number format of its source, with what was done to it. Returns bytes stored."""
+    import torch
+
+    from ..models.loading import load_tokenizer
+
+    model.to(getattr(torch, stored_dtype(source)))
+    model.save_pretrained(out, safe_serialization=True)
+    load_tokenizer(source).save_pretrained(out)
+    (out / "cpet_compression.json").write_text(json.dumps(note, indent=1) + "\n")
+    return sum(p.stat().st_size for p in out.glob("*.safetensors"))

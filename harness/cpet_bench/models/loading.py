@@ -1,0 +1,100 @@
+"""Loading model folders, and which number format a device is fast in."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, Unsupported
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    try:
+        return json.loads(Path(folder, "config.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no model folder: it has no config.json.") from None
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+):
+    """The model of a folder in evaluation mode, its weights frozen. Safetensors only.
+
+    Causal or encoder-decoder as its config says. dtype: of weights that are not quantised, and of the computation.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = load_config(folder)
+    auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+    quantised = config.get("quantization_config")
+    more: dict[str, Any] = {}
+    if attention != "auto":
+        more["attn_implementation"] = attention
+    if device_map is not None:
+        more["device_map"] = device_map
+    elif quantised:
+        more["device_map"] = {"": device}
+    if quantised and str(quantised.get("quant_method", "")).startswith("bitsandbytes"):
+        import importlib.util
+
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise Unsupported("this model is quantised by bitsandbytes, which is not installed (pip install bitsandbytes)")
+    model = auto.from_pretrained(
+        folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code, **more
+    )
+    if "device_map" not in more:
+        model = model.to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False):
+    """The tokenizer of a model folder; padding falls back to the end-of-text token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def survives_eval(model) -> bool:
+    """Whether a model that ran a forward pass in evaluation mode can still be trained.
+
+    bitsandbytes' 4-bit layers on a CPU repack their weights then, and the repacked path has no gradient (measured: LoRA on a
+    model evaluated before got no gradient on any of its tensors).
+    """
+    return not any(type(m).__name__ == "Linear4bit" and m.weight.device.type == "cpu" for m in model.modules())
+
+
+def pick_dtype(setting: str, device: str) -> str:
+    """`auto` as a number format: bfloat16 where the device is fast in it, found by a matmul test of at most a second."""
+    import torch
+
+    if setting != "auto":
+        return setting
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    times = {}
+    for name in ("float32", "bfloat16"):
+        a = torch.randn(512, 576).to(getattr(torch, name))
+        b = torch.randn(1536, 576).to(getattr(torch, name))
+        torch.nn.functional.linear(a, b)
+        best = float("inf")
+        end = time.perf_counter() + 0.4
+        while time.perf_counter() < end:
+            started = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            best = min(best, time.perf_counter() - started)
+        times[name] = best
+    return "bfloat16" if times["bfloat16"] < 0.8 * times["float32"] else "float32"

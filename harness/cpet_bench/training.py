@@ -1,0 +1,229 @@
+"""The one training loop: any trainable parameters, choices or target texts, with or without distillation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .errors import StepFailed, Stopping
+from .settings import DistillSettings, TrainSettings
+from .training_cost import flops_of, peak_memory
+from .training_losses import Shares, distill_loss, kl_loss, task_loss
+from .training_model import run, start_token
+from .training_rows import Document, data_order, document, split
+from .training_state import Proof, fingerprint, load_checkpoint, save_checkpoint, unreachable
+
+__all__ = ["data_order", "learning_rate", "train"]
+
+
+def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
+    """The rate of step `step` (counted from 0) of `steps`: linear warm-up to `lr`, then its schedule.
+
+    linear and cosine fall to 0 after the last step; noam falls with 1 / sqrt(step) (arXiv 1706.03762, 5.3).
+    """
+    warmup = min(settings.warmup, steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    past, rest = step - warmup, max(1, steps - warmup)
+    if settings.schedule == "linear":
+        return settings.lr * (1 - past / rest)
+    if settings.schedule == "cosine":
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * past / rest))
+    if settings.schedule == "noam":
+        return settings.lr * math.sqrt(max(1, warmup) / (step + 1))
+    return settings.lr
+
+
+def train(
+    model,
+    pairs: list[dict],
+    settings: TrainSettings,
+    *,
+    distill: DistillSettings | None = None,
+    features: Path | None = None,
+    teacher=None,
+    scratch: Path,
+    progress: Callable[[int, int, str], None],
+    should_stop: Callable[[], bool],
+    extra_steps: int = 0,
+    seed: int = 0,
+) -> dict:
+    """Train every parameter of `model` that requires a gradient, with AdamW; the others stay as they are.
+
+    Args:
+        pairs: training documents (`evaluation.pairs.read_pairs`).
+        features, teacher: what distillation compares with: kept features, or a model run alongside.
+        scratch: a checkpoint is kept here every `checkpoint_every` steps; a later call goes on from it, with the same result.
+        should_stop: asked after each step.
+        extra_steps: steps added to `settings.steps` (control `longer`).
+        seed: of dropout, where the model or its modules have any.
+    Returns: losses (a list of step, loss, task, distill, kl, lr, grad_norm, seconds), steps, documents, tokens,
+        padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch, unreachable.
+    Raises:
+        StepFailed: a loss or gradient is not finite, a tensor learned nothing, or memory does not suffice for one document.
+        Stopping: `should_stop()` said so; the checkpoint is written.
+    """
+    settings = settings.model_copy(update={"steps": settings.steps + extra_steps})
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise StepFailed("nothing to train: no parameter requires a gradient")
+    start_id = start_token(model)
+    order = data_order(len(pairs), settings) if settings.steps else []
+    documents = {i: document(i, pairs[i], settings.max_tokens, start_id) for step in order for i in step}
+    look_up = _teacher(distill, features, teacher)
+
+    groups = [{"params": list(trainable.values()), "lr": settings.lr}]
+    devices = {p.device.type for p in trainable.values()}
+    fused = devices <= {"cpu"} or devices <= {"cuda"}
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
+    path = Path(scratch, "training.safetensors")
+    more = {"distill": distill.model_dump(mode="json") if distill else None, "seed": seed, "documents": len(pairs)}
+    print_ = fingerprint(trainable, settings, more)
+    resumed = load_checkpoint(path, trainable, optimizer, print_)
+    if resumed:
+        state, start = resumed
+    else:
+        start = {name: p.detach().clone() for name, p in trainable.items()}
+        state = {"fingerprint": print_, "step": 0, "losses": [], "unseen": None, "tokens": 0, "padded": 0, "seconds": 0.0}
+        state["micro"] = min(settings.micro_batch or settings.batch, settings.batch)
+    longest = max((len(r.ids) for d in documents.values() for r in d.rows), default=0)
+    proof = Proof(trainable, unreachable(model, trainable, longest), state["unseen"])
+
+    was_training = model.training
+    model.train()  # layers that repack their weights for evaluation, and dropout, look at this
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            for number in range(state["step"], settings.steps):
+                began = time.perf_counter()
+                torch.manual_seed(seed * 1_000_003 + number)  # dropout: the same whether or not the training was interrupted
+                rate = learning_rate(number, settings.steps, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                docs = [documents[i] for i in order[number]]
+                losses, state["micro"] = _backward(model, docs, settings, distill, look_up, state["micro"], optimizer)
+                proof.look(number + 1)
+                norm = _clip(trainable, settings.clip)
+                _finite(losses, norm, number + 1, proof)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                seconds = time.perf_counter() - began
+                tokens = losses.pop("tokens")
+                state["tokens"] += tokens[0]
+                state["padded"] += tokens[1]
+                state["seconds"] += seconds
+                state["losses"].append(
+                    {"step": number + 1, **losses, "lr": rate, "grad_norm": norm, "seconds": round(seconds, 4)}
+                )
+                state["step"], state["unseen"] = number + 1, sorted(proof.unseen)
+                progress(number + 1, settings.steps, f"loss {losses['loss']:.3f}")
+                stop = number + 1 < settings.steps and should_stop()
+                if stop or (number + 1) % settings.checkpoint_every == 0:
+                    save_checkpoint(path, trainable, start, optimizer, state)
+                if stop:
+                    raise Stopping(f"stopped after step {number + 1} of {settings.steps}")
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
+        model.train(was_training)
+    never = proof.finish(settings.steps, start) if settings.steps else []
+    read = [documents[i] for step in order for i in step]
+    return {
+        "losses": state["losses"],
+        "steps": settings.steps,
+        "documents": len(read),
+        "tokens": state["tokens"],
+        "padded_tokens": state["padded"],
+        "flops": flops_of(model, read),
+        "seconds": state["seconds"],
+        "trainable_parameters": sum(p.numel() for p in trainable.values()),
+        "peak_memory": peak_memory(cuda),
+        "micro_batch": state["micro"],
+        "unreachable": never,
+    }
+
+
+def _teacher(distill: DistillSettings | None, features: Path | None, teacher):
+    from .restoring.distill import Alongside, Kept
+
+    if distill is None:
+        return None
+    if features is not None:
+        return Kept(features, distill)
+    if teacher is None:
+        raise StepFailed("distillation needs the teacher's features, or a teacher to run alongside")
+    return Alongside(teacher, distill)
+
+
+def _backward(model, docs: list[Document], settings, distill, look_up, micro: int, optimizer) -> tuple[dict, int]:
+    """Gradients of one step; after running out of memory again with half as many documents per pass."""
+    while True:
+        try:
+            return _passes(model, docs, distill, look_up, micro), micro
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            text = str(error).strip().splitlines()[0]
+        optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if micro == 1:
+            raise StepFailed(f"out of memory even with one document per pass: {text}")
+        micro = max(1, micro // 2)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
+
+
+def _passes(model, docs: list[Document], distill: DistillSettings | None, look_up, micro: int) -> dict:
+    shares = Shares.of(docs)
+    total = {"loss": 0.0, "task": 0.0, "distill": None, "kl": None}
+    real = padded = 0
+    for group in split(docs, micro):
+        states = run(model, group, distill.hidden if distill else "last", want_layers=distill is not None)
+        task = task_loss(model, group, states, shares)
+        parts = {"task": task}
+        if distill:
+            wanted = look_up(group)
+            parts["distill"] = distill_loss(states, wanted, distill, shares)
+            if distill.kl:
+                parts["kl"] = kl_loss(model, states, wanted["kl_values"], wanted["kl_ids"], distill.kl, shares)
+        loss = sum(parts.values())
+        if not loss.requires_grad:
+            from .training_state import DEAD_BASE
+
+            raise StepFailed(DEAD_BASE)
+        loss.backward()
+        for name, value in parts.items():
+            total[name] = (total[name] or 0.0) + float(value.detach())
+        total["loss"] += float(loss.detach())
+        real += int(states.mask.sum()) + sum(len(d.rows[0].encoder) for d in group)
+        padded += states.mask.numel() + len(group) * max(len(d.rows[0].encoder) for d in group)
+    total["tokens"] = (real, padded)
+    return total
+
+
+def _clip(trainable: dict[str, torch.nn.Parameter], limit: float | None) -> float:
+    """Global norm of the gradients before they are clipped to `limit`."""
+    return float(torch.nn.utils.clip_grad_norm_(trainable.values(), math.inf if limit is None else limit))
+
+
+def _finite(losses: dict, norm: float, step: int, proof: Proof) -> None:
+    if not math.isfinite(losses["loss"]):
+        shown = {k: v for k, v in losses.items() if k != "tokens" and v is not None}
+        raise StepFailed(f"the loss is not finite at step {step}: {shown}; a lower learning rate may help")
+    if not math.isfinite(norm):
+        bad = proof.not_finite()
+        raise StepFailed(f"the gradient is not finite at step {step}: {', '.join(bad[:6]) or 'its norm overflows'}")

@@ -1,0 +1,54 @@
+"""What a training costs: floating-point operations by formula, memory as measured."""
+
+from __future__ import annotations
+
+from .models.arch import block_linears, features, head
+from .training_rows import Document
+
+
+def flops_of(model, documents: list[Document]) -> int:
+    """Operations of training on `documents` (each as often as it was read), by formula.
+
+    Per token 2 P forward, 2 P backward through the layers to their inputs, and 2 T for the gradients of the T trainable
+    weights, with P the weights of the blocks' linear layers and of all modules beside them; per scored position 4 V d for
+    the head on its V rows that are used. Left out: attention's products (quadratic in length, small here), norms,
+    activations, padding. For an encoder-decoder model the encoder's layers count the text's tokens, the decoder's those it
+    reads itself.
+    """
+    linear = {"decoder": 0, "encoder": 0}
+    trained = {"decoder": 0, "encoder": 0}
+    both = model.config.is_encoder_decoder
+
+    def part(name: str) -> str:
+        return "encoder" if both and "decoder" not in name.split(".")[:2] + name.split("/")[:2] else "decoder"
+
+    for name, module in block_linears(model).items():
+        n_in, n_out = features(module)
+        linear[part(name)] += n_in * n_out
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            trained[part(name.removeprefix("cpet_recovery.0."))] += p.numel()
+    weight, _, _ = head(model)
+    total = 0
+    for d in documents:
+        rows = d.choices if d.kind == "single" else range(weight.shape[0])
+        read = sum(len(r.ids) for r in d.rows)
+        places = sum(len(r.places) for r in d.rows)
+        total += read * (4 * (linear["decoder"] + trained["decoder"]) + 2 * trained["decoder"])
+        text = len(d.rows[0].encoder)
+        total += text * (4 * (linear["encoder"] + trained["encoder"]) + 2 * trained["encoder"])
+        total += places * 4 * len(rows) * weight.shape[1]
+    return total
+
+
+def peak_memory(cuda: list[int]) -> int:
+    """Bytes: the most that torch held on the devices, or that the process held in memory."""
+    if cuda:
+        import torch
+
+        return sum(torch.cuda.max_memory_allocated(i) for i in cuda)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
