@@ -21,6 +21,33 @@ def cache_root() -> Path:
     return Path(os.environ.get("CPET_BENCH_CACHE") or Path(cache, "cpet-bench")).expanduser()
 
 
+def kept_index(name: str, script: str, what: str) -> Any:
+    """What `script` prints as JSON in a fresh interpreter, asked once and kept in the cache folder as `name`.
+
+    For facts that a heavy library owns (its version belongs into `name`), so that reading them never imports it.
+    StopError names `what` could not be read.
+    """
+    kept = cache_root() / "indexes" / f"{name}.json"
+    try:
+        return json.loads(kept.read_text())
+    except (OSError, ValueError):
+        pass
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise StopError(f"{what} could not be read: {last}")
+    found = json.loads(lines[-1])
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_name(f"{kept.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(found))
+        os.replace(fresh, kept)
+    except OSError:
+        pass  # only slower the next time
+    return found
+
+
 def cpu_name() -> str:
     """The processor's model name."""
     try:

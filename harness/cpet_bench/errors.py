@@ -44,6 +44,7 @@ class InputError(CpetError):
         where = "" if self.file is None else f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
         text = where + (f"{self.key}: " if self.key else "") + self.message
         if self.allowed is not None:
+            text += "" if text[-1] in ".!?)" else "."
             close = nearest(self.given, self.allowed)
             if close:
                 text += f" Did you mean {', '.join(close)}?"
@@ -88,7 +89,9 @@ class Stopping(CpetError):
 
 
 def nearest(given: object, allowed: Iterable[str], n: int = 3) -> list[str]:
-    """Up to n names of `allowed` spelt most like `given`, best first (empty where nothing is near)."""
-    names = list(allowed)
-    lower = {name.lower(): name for name in names}
-    return [lower[m] for m in difflib.get_close_matches(str(given)[:100].lower(), list(lower), n=n, cutoff=0.6)]
+    """Up to n names of `allowed` spelt most like `given`, or beginning with it, best first (empty where nothing is near)."""
+    lower = {name.lower(): name for name in allowed}
+    word = str(given)[:100].lower()
+    found = [name for name in lower if len(word) > 2 and name.startswith(word)]
+    found += [m for m in difflib.get_close_matches(word, list(lower), n=n, cutoff=0.6) if m not in found]
+    return [lower[m] for m in found[:n]]

@@ -11,8 +11,10 @@ from typing import Any
 
 from . import registry
 from .cells import Cell
+from .errors import InputError
 from .evaluation.tasks import task_spec
 from .keys import canonical, plain
+from .matrix import Matrix
 from .settings import CalibrationSettings, DistillSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
 
@@ -38,10 +40,11 @@ class Plan:
 
 
 class Planner:
-    """Turns cells into steps. `machine` is what devices.resolve found: device, dtype, attention, threads."""
+    """Turns the cells of a matrix into steps. `machine` is what devices.resolve found: device, dtype, attention, threads."""
 
-    def __init__(self, base: Path, machine: dict[str, Any], allow_code: bool = False):
-        self.base, self.machine, self.allow_code = base, machine, allow_code
+    def __init__(self, matrix: Matrix, machine: dict[str, Any]):
+        self.matrix, self.machine = matrix, machine
+        self.base, self.allow_code = matrix.path.parent, matrix.allow_code
         self.plan = Plan()
         self._cache: dict[str, Any] = {}
 
@@ -52,10 +55,14 @@ class Planner:
         return self.plan
 
     # -- pieces --------------------------------------------------------------------------------------------------
-    def _memo(self, name: str, value: Any, make):
+    def _memo(self, name: str, value: Any, place: tuple[str, str], make):
+        """What `make` gives, once for each `value`; its InputError gets the place in the matrix it is about."""
         at = f"{name}:{canonical(value)}"
         if at not in self._cache:
-            self._cache[at] = make()
+            try:
+                self._cache[at] = make()
+            except InputError as error:
+                raise self.matrix.place(error, *place) from None
         return self._cache[at]
 
     def _add(self, cell: Cell, kind: str, settings: dict, needs: dict[str, str], label: str, **rest) -> str:
@@ -69,19 +76,22 @@ class Planner:
         """What of the machine shapes numbers."""
         return {"dtype": self.machine["dtype"], "attention": self.machine["attention"], "tf32": self.machine["tf32"]}
 
-    def _spec(self, task: TaskSettings, name: str) -> dict:
-        return self._memo("spec", [task, name], lambda: task_spec(task, name, self.base, self.allow_code))
+    def _spec(self, cell: Cell, task: TaskSettings, name: str) -> dict:
+        place = ("task", cell.axes["task"])
+        return self._memo("spec", [task, name], place, lambda: task_spec(task, name, self.base, self.allow_code))
 
     def _model(self, cell: Cell) -> str:
         source = registry.get("source", cell.model.source.partition(":")[0])
-        identity = self._memo("identity", cell.model, lambda: source().identity(cell.model, self.base))
+        identity = self._memo(
+            "identity", cell.model, ("model", cell.axes["model"]), lambda: source().identity(cell.model, self.base)
+        )
         params = {"model": plain(cell.model), "base": str(self.base), "allow_code": self.allow_code}
         return self._add(cell, "model", identity, {}, f"model {cell.axes['model']}", params=params)
 
     def _pairs(self, cell: Cell, documents: int, max_tokens: int, task: str | None = None) -> str:
         data = cell.task.train_data if task is None else None
         name = task or (data.task if data and data.task else cell.task_name)
-        spec = self._spec(TaskSettings(include=cell.task.include), name)
+        spec = self._spec(cell, TaskSettings(include=cell.task.include), name)
         other = data if data and not data.task else None
         settings = {
             "spec": spec,
@@ -92,7 +102,9 @@ class Planner:
             "max_tokens": max_tokens,
         }
         if other and other.jsonl:
-            settings["content"] = self._memo("file", other.jsonl, lambda: _content(self.base / other.jsonl))
+            settings["content"] = self._memo(
+                "file", other.jsonl, ("task", cell.axes["task"]), lambda: _content(self.base / other.jsonl)
+            )
         needs = {"tokenizer": self._model(cell)}
         params = {"base": str(self.base)}
         label = f"training text of {name} ({documents})"
@@ -215,7 +227,7 @@ class Planner:
             roles["tune"] = self._tune(cell)
             if cell.restoring.inherit or cell.restoring.distill:
                 roles["dense_tune"] = self._tune(cell.dense)
-        spec, tokenizer = self._spec(cell.task, cell.task_name), {"tokenizer": roles["model"]}
+        spec, tokenizer = self._spec(cell, cell.task, cell.task_name), {"tokenizer": roles["model"]}
         shared = {"spec": spec, "prompt": cell.prompt, "limit": cell.task.limit}
         limit = cell.task.limit or 1000
         task = cell.axes["task"]
@@ -251,7 +263,6 @@ def _shaping(train: TrainSettings) -> dict[str, Any]:
 
 
 def _content(path: Path) -> str:
-    from .errors import InputError
     from .store import sha256_file
 
     if not path.is_file():

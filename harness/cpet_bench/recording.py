@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .cells import Cell
+from .cells import Cell, cell_id
 from .keys import plain, version
 from .plan import Plan
 from .store import Manifest, Store
@@ -38,33 +38,22 @@ def commit() -> str | None:
 
 def references(cell: Cell, ids: set[str]) -> dict[str, str | None]:
     """Cells of this run that this one is compared with."""
+    nothing = cell.matrix.nothing
 
-    def there(**changed) -> str | None:
-        axes = {**cell.axes, **changed}
-        name = cell_id(axes)
-        return name if name in ids and name != cell.id else None
+    def there(other: str | None) -> str | None:
+        return other if other in ids and other != cell.id else None
 
-    dense = cell.dense.id if cell.dense is not None and cell.dense.id in ids and cell.dense.id != cell.id else None
-    control = cell.control_of.id if cell.control_of is not None and cell.control_of.id in ids else None
-    none = _plain_names(cell)
+    def at(**changed) -> str | None:
+        return there(cell_id({**cell.axes, **changed}))
+
+    untuned = {"pet": nothing["pet"], "restoring": "none", "seed": cell.matrix.seed[0]}
     return {
-        "dense": there(compression=none["compression"], pet="none", restoring="none"),
-        "dense_pet": dense,
-        "vanilla": there(restoring=none["restoring"]) if cell.pet and cell.compression else None,
-        "control_of": control,
+        "dense": at(compression=nothing["compression"], **untuned),
+        "untuned": at(**untuned),
+        "dense_pet": there(cell.dense and cell.dense.id),
+        "vanilla": at(restoring=nothing["restoring"]) if cell.pet and cell.compression else None,
+        "control_of": there(cell.control_of and cell.control_of.id),
     }
-
-
-def _plain_names(cell: Cell) -> dict[str, str]:
-    """What this matrix calls no compression and no restoring: as the dense cell is named."""
-    if cell.dense is not None:
-        return {k: cell.dense.axes[k] for k in ("compression", "restoring")}
-    return {"compression": "none", "restoring": "none"}
-
-
-def cell_id(axes: dict[str, Any]) -> str:
-    """The id of the cell at these axes."""
-    return "--".join(f"s{v}" if k == "seed" else str(v) for k, v in axes.items())
 
 
 def identity(cell: Cell) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def prepare(
     cells = expand(matrix)
     settings = matrix.device if device is None else matrix.device.model_copy(update={"devices": device})
     machine = devices.resolve(settings)
-    plan = Planner(matrix.path.parent, machine, matrix.allow_code).build(cells)
+    plan = Planner(matrix, machine).build(cells)
     name = name or matrix.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
         raise InputError(f"A run cannot be named {name!r}: letters, digits and _ . + - only.", key="--name")

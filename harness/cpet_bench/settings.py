@@ -128,6 +128,10 @@ def _switch(value):
     return {} if value is True else None if value is False else value
 
 
+def _switched(cls: type[Settings]) -> Any:
+    return Annotated[cls | None, BeforeValidator(_switch, json_schema_input_type=cls | bool | None)]
+
+
 class InheritSettings(Settings):
     """CPET's inheriting: PET starts from D, the module trained on the dense model (METHODS: arXiv 2307.07705, 3.1).
 
@@ -188,11 +192,13 @@ class RestoringSettings(Settings):
 
     control: `matched` is LoRA from random on the layers recovery sits on, with the trainable parameters of cell `of`;
         `longer` is that with D's steps added; `wider` is D with its rank extended to those parameters.
+    train: overrides of the training settings. D itself (no compression, nothing restored) does not take them: it is
+        trained by the matrix's `train` and its PET method's, whatever restoring it stands under.
     """
 
-    inherit: Annotated[InheritSettings | None, BeforeValidator(_switch)] = None
-    recover: Annotated[RecoverSettings | None, BeforeValidator(_switch)] = None
-    distill: Annotated[DistillSettings | None, BeforeValidator(_switch)] = None
+    inherit: _switched(InheritSettings) = None
+    recover: _switched(RecoverSettings) = None
+    distill: _switched(DistillSettings) = None
     control: Literal["matched", "wider", "longer"] | None = None
     of: str | None = Field(None, description="the restoring (by its name in the matrix) that a control is matched to")
     train: TrainOverride = TrainOverride()
@@ -208,6 +214,11 @@ class RestoringSettings(Settings):
         if self.control == "wider" and not self.inherit:
             raise ValueError("control wider extends the inherited module: give inherit as well")
         return self
+
+    @property
+    def parts(self) -> bool:
+        """Whether anything is restored (or controlled for) at all."""
+        return any(x is not None for x in (self.inherit, self.recover, self.distill, self.control))
 
 
 class PromptSettings(Settings):
@@ -250,7 +261,7 @@ class ThroughputSettings(Settings):
 class ProbeSettings(Settings):
     """What is measured of a deployment besides quality. `memory`: resident and stored bytes, peaks, load time."""
 
-    throughput: Annotated[ThroughputSettings | None, BeforeValidator(_switch)] = ThroughputSettings()
+    throughput: _switched(ThroughputSettings) = ThroughputSettings()
     memory: bool = True
 
 

@@ -6,17 +6,12 @@ kept as JSON in the cache folder.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..devices import cache_root
-from ..errors import StopError
+from ..devices import kept_index
 from ..keys import version
 
 _SCRIPT = """
@@ -58,25 +53,7 @@ def lm_eval_tasks() -> dict[str, list[Any]]:
 
     Raises StopError where lm-eval cannot be asked.
     """
-    kept = cache_root() / "indexes" / f"lm_eval-{version('lm-eval')}.json"
-    try:
-        return json.loads(kept.read_text())
-    except (OSError, ValueError):
-        pass
-    done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise StopError(f"lm-eval's list of tasks could not be read: {last}")
-    table = json.loads(lines[-1])
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_name(f"{kept.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(table))
-        os.replace(fresh, kept)
-    except OSError:
-        pass  # only slower the next time
-    return table
+    return kept_index(f"lm_eval-{version('lm-eval')}", _SCRIPT, "lm-eval's list of tasks")
 
 
 def closure(table: dict[str, list[Any]], name: str) -> list[str]:

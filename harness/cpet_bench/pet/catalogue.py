@@ -1,0 +1,20 @@
+"""Which PET methods there are and what fields each has, asked of PEFT once per version in a subprocess and kept as JSON."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from ..devices import kept_index
+from ..keys import version
+
+_SCRIPT = """
+import dataclasses, json
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as kinds
+print(json.dumps({k.value.lower(): sorted(f.name for f in dataclasses.fields(c)) for k, c in kinds.items()}))
+"""
+
+
+@cache
+def peft_methods() -> dict[str, list[str]]:
+    """Method (PEFT's type in lower case) → names of the fields of its configuration. StopError where PEFT cannot be asked."""
+    return kept_index(f"peft-{version('peft')}", _SCRIPT, "PEFT's list of methods")

@@ -1,0 +1,130 @@
+"""Checking a document against settings models, with errors a person can act on."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from .errors import InputError
+from .settings import PetSettings
+from .yamlpos import Document, Path_
+
+NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9_.+])*")
+
+
+class Reader:
+    """Checks parts of one document and knows where they stand."""
+
+    def __init__(self, document: Document):
+        self.document = document
+
+    def error(self, path: Path_, message: str, *, given: object = None, allowed: Iterable[str] | None = None) -> InputError:
+        """An InputError about what stands at `path`."""
+        file, line = self.document.locate(path)
+        key = ".".join(map(str, path))[:300] or None
+        return InputError(message[:600], file=file, line=line, key=key, given=given, allowed=allowed)
+
+    def placed(self, error: InputError, path: Path_) -> InputError:
+        return self.error(path, error.message, given=error.given, allowed=error.allowed)
+
+    def mapping(self, path: Path_, value: Any, message: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.error(path, f"{message}, not {_shown(value)}")
+        return value
+
+    def known(self, path: Path_, value: dict, allowed: Iterable[str], what: str = "key") -> None:
+        allowed = list(allowed)
+        for key in value:
+            if key not in allowed:
+                raise self.error((*path, key), f"there is no {what} of this name", given=key, allowed=allowed)
+
+    def name(self, path: Path_, name: str) -> str:
+        """A name that can stand in a cell's id and in a file's name."""
+        if len(name) > 64 or not NAME.fullmatch(name):
+            message = f"{name[:80]!r} cannot be a name: up to 64 letters, digits and _ . + or single - (it becomes part of ids and files)"
+            raise self.error(path, message)
+        return name
+
+    def model(self, path: Path_, cls: type[BaseModel], value: Any, more: Iterable[str] = ()) -> Any:
+        """`value` as settings of class `cls`. more: keys allowed beside those of the class (for the message)."""
+        if not isinstance(value, (dict, bool)) or isinstance(value, bool):
+            raise self.error(path, f"a mapping of settings is expected, not {_shown(value)}", given="", allowed=names_of(cls))
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+        except RecursionError:
+            raise self.error(path, "it is nested too deep") from None
+        first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+        at = self._existing((*path, *first["loc"]))
+        inner = first["loc"]
+        rest = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        if first["type"] == "extra_forbidden":
+            allowed = [*names_of(_class_at(cls, inner[:-1])), *(more if len(inner) == 1 else ())]
+            raise self.error(at, f"there is no setting of this name{rest}.", given=inner[-1], allowed=allowed)
+        text, allowed = first["msg"].removeprefix("Value error, "), None
+        if first["type"] == "literal_error":
+            allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            text = f"{_shown(first['input'])} is not one of these"
+        elif first["type"] == "missing":
+            at = (*at, str(inner[-1])) if at[-1:] != (inner[-1],) else at
+            text = "it is missing"
+        elif first["type"] != "value_error":
+            text = f"{text[0].lower()}{text[1:]}, not {_shown(first['input'])}"
+        raise self.error(at, text + rest + ("." if allowed else ""), given=first["input"], allowed=allowed)
+
+    def _existing(self, path: Path_) -> Path_:
+        """`path` without what pydantic adds to it (names of validators and of a union's members)."""
+        found: Path_ = ()
+        for part in path:
+            if (*found, part) in self.document.places:
+                found = (*found, part)
+        return found or path
+
+    def pet(self, path: Path_, settings: PetSettings) -> PetSettings:
+        """The method and its fields against what the installed PEFT has."""
+        from .pet.catalogue import peft_methods
+
+        methods = peft_methods()
+        method = settings.method.lower().replace("-", "_")
+        if method not in methods:
+            message = f"there is no PET method {settings.method[:80]!r}"
+            raise self.error((*path, "method"), message, given=settings.method, allowed=methods)
+        for key in settings.fields:
+            if key not in methods[method]:
+                message = f"PEFT's {method} has no field of this name"
+                raise self.error((*path, key), message, given=key, allowed=[*methods[method], "train"])
+        return settings
+
+
+def names_of(cls: type[BaseModel] | None) -> list[str]:
+    """The keys a settings class reads."""
+    return [] if cls is None else [f.alias or name for name, f in cls.model_fields.items()]
+
+
+def _class_at(cls: type[BaseModel] | None, loc: tuple) -> type[BaseModel] | None:
+    """The settings class that stands at `loc` below `cls`."""
+    for part in loc:
+        if cls is None:
+            return None
+        field = next((f for name, f in cls.model_fields.items() if part in (name, f.alias)), None)
+        if field is not None:
+            cls = _model_of(field.annotation)
+    return cls
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is Annotated:
+        return _model_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((m for m in map(_model_of, get_args(annotation)) if m), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _shown(value: Any) -> str:
+    text = {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value)) or repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
