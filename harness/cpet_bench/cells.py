@@ -98,14 +98,18 @@ class Cell:
         if self.is_dense:
             return self
         plain = self.matrix.nothing
-        return Cell(self.matrix, {**self.axes, "compression": plain["compression"], "restoring": plain["restoring"]})
+        return self._other({**self.axes, "compression": plain["compression"], "restoring": plain["restoring"]})
 
     @cached_property
     def control_of(self) -> Cell | None:
         """The cell a control is matched to."""
         if self.pet is None or self.restoring.control is None:
             return None
-        return Cell(self.matrix, {**self.axes, "restoring": self.restoring.of})
+        return self._other({**self.axes, "restoring": self.restoring.of})
+
+    def _other(self, axes: dict[str, Any]) -> Cell:
+        """The cell at these axes, one object for all that refer to it."""
+        return self.matrix.others.setdefault(tuple(axes.values()), Cell(self.matrix, axes))
 
 
 def cell_id(axes: dict[str, Any]) -> str:

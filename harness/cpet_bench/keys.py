@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -14,6 +15,8 @@ from pydantic import BaseModel
 
 def plain(value: Any) -> Any:
     """`value` as JSON's own types: models become dicts, tuples lists, keys strings."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
     if isinstance(value, BaseModel):
         return plain(value.model_dump(mode="json", by_alias=True))
     if isinstance(value, Mapping):
@@ -31,6 +34,19 @@ def canonical(value: Any) -> str:
 def digest(value: Any) -> str:
     """32 hex digits of the SHA-256 of the canonical text."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A value as JSON's own types with its digest, so that what many steps share is hashed once."""
+
+    value: dict[str, Any]
+    digest: str
+
+
+def fixed(value: Any) -> Fixed:
+    found = plain(value)
+    return Fixed(found, digest(found))
 
 
 @cache

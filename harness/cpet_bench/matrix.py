@@ -59,6 +59,12 @@ class Matrix(Settings):
     _document: Document = PrivateAttr()
     _path: Path = PrivateAttr()
     _nothing: dict[str, str] = PrivateAttr()
+    _others: dict[tuple, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def others(self) -> dict[tuple, Any]:
+        """Cells that others refer to, by the values of their axes (see cells.Cell)."""
+        return self._others
 
     @property
     def path(self) -> Path:

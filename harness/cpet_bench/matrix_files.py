@@ -18,12 +18,7 @@ def merged(path: Path, seen: tuple[Path, ...] = ()) -> Document:
     InputError for a file that is missing, or files that extend each other.
     """
     at = path.resolve()
-    if at in seen:
-        chain = " → ".join(p.name for p in (*seen[seen.index(at) :], at))
-        raise InputError(f"these files extend each other: {chain}", file=path, key="extends")
-    if len(seen) >= DEPTH:
-        raise InputError(f"files extend each other {DEPTH} deep", file=path, key="extends")
-    own = read(path)
+    seen, own = (*seen, at), read(path)
     extends = own.data.get("extends") if isinstance(own.data, dict) else None
     if extends is None:
         return own
@@ -35,7 +30,12 @@ def merged(path: Path, seen: tuple[Path, ...] = ()) -> Document:
         other = path.parent / name
         if not other.is_file():
             raise InputError(f"there is no file {other}", file=place[0], line=place[1], key="extends")
-        base = merged(other, (*seen, at))
+        if other.resolve() in seen:
+            chain = " → ".join(p.name for p in (*seen[seen.index(other.resolve()) :], other))
+            raise InputError(f"these files extend each other: {chain}", file=place[0], line=place[1], key="extends")
+        if len(seen) >= DEPTH:
+            raise InputError(f"files extend each other {DEPTH} deep", file=place[0], line=place[1], key="extends")
+        base = merged(other, seen)
         if not isinstance(base.data, dict):
             raise InputError(f"{other} is no matrix", file=place[0], line=place[1], key="extends")
         result = _over(result, _moved(base, other.parent, path.parent))

@@ -5,7 +5,9 @@ Nothing here imports torch, lm-eval or PEFT: a plan of a matrix whose results ar
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from . import registry
 from .cells import Cell
 from .errors import InputError
 from .evaluation.tasks import task_spec
-from .keys import canonical, plain
-from .matrix import Matrix
-from .settings import CalibrationSettings, DistillSettings, TaskSettings, TrainSettings
+from .keys import Fixed, fixed, plain
+from .matrix import AXES, Matrix
+from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
 
 
@@ -27,6 +29,11 @@ class Plan:
     cells: list[Cell] = field(default_factory=list)
     roles: dict[str, dict[str, str]] = field(default_factory=dict)  # cell id → role → step key
 
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Place of each step in the plan's order."""
+        return {key: i for i, key in enumerate(self.steps)}
+
     def closure(self, keys) -> list[str]:
         """`keys` and everything they need, in plan order."""
         wanted: set[str] = set()
@@ -36,7 +43,30 @@ class Plan:
             if key not in wanted:
                 wanted.add(key)
                 stack.extend(self.steps[key].needs.values())
-        return [key for key in self.steps if key in wanted]
+        return sorted(wanted, key=self.order.__getitem__)
+
+    def users(self) -> Counter[str]:
+        """How many cells each step is for."""
+        return Counter(key for roles in self.roles.values() for key in self.closure(roles.values()))
+
+
+def once(*axes: str):
+    """A Planner's method whose result depends on these axes of the cell (and its other arguments) alone."""
+
+    def wrap(method):
+        name = method.__name__
+
+        @wraps(method)
+        def inner(self, cell: Cell, *args):
+            at = (name, *[cell.axes[a] for a in axes], *args)
+            found = self._made.get(at)
+            if found is None:
+                found = self._made[at] = method(self, cell, *args)
+            return found
+
+        return inner
+
+    return wrap
 
 
 class Planner:
@@ -46,7 +76,10 @@ class Planner:
         self.matrix, self.machine = matrix, machine
         self.base, self.allow_code = matrix.path.parent, matrix.allow_code
         self.plan = Plan()
-        self._cache: dict[str, Any] = {}
+        self._made: dict[tuple, Any] = {}
+        # What of the machine shapes numbers. Number formats add up differently on a processor and on a GPU.
+        self.numeric = {k: machine[k] for k in ("dtype", "attention", "tf32")} | {"device": machine["device"]}
+        self.scoring = fixed({"tokens_per_batch": machine["tokens_per_batch"], **self.numeric})
 
     def build(self, cells: list[Cell]) -> Plan:
         for cell in cells:
@@ -55,46 +88,44 @@ class Planner:
         return self.plan
 
     # -- pieces --------------------------------------------------------------------------------------------------
-    def _memo(self, name: str, value: Any, place: tuple[str, str], make):
-        """What `make` gives, once for each `value`; its InputError gets the place in the matrix it is about."""
-        at = f"{name}:{canonical(value)}"
-        if at not in self._cache:
-            try:
-                self._cache[at] = make()
-            except InputError as error:
-                raise self.matrix.place(error, *place) from None
-        return self._cache[at]
-
-    def _add(self, cell: Cell, kind: str, settings: dict, needs: dict[str, str], label: str, **rest) -> str:
-        step = make_step(kind, plain(settings), needs, label, **rest)
-        step = self.plan.steps.setdefault(step.key, step)
-        if not step.cells or step.cells[-1] != cell.id:
-            step.cells.append(cell.id)
+    def _add(self, kind: str, settings: Fixed | dict, needs: dict[str, str], label: str, **rest) -> str:
+        step = make_step(kind, settings, needs, label, **rest)
+        self.plan.steps.setdefault(step.key, step)
         return step.key
 
-    def _numeric(self) -> dict[str, Any]:
-        """What of the machine shapes numbers."""
-        return {"dtype": self.machine["dtype"], "attention": self.machine["attention"], "tf32": self.machine["tf32"]}
+    def _placed(self, make, *place: str):
+        """What `make` gives; its InputError gets the place in the matrix it is about."""
+        try:
+            return make()
+        except InputError as error:
+            raise self.matrix.place(error, *place) from None
 
-    def _spec(self, cell: Cell, task: TaskSettings, name: str) -> dict:
-        place = ("task", cell.axes["task"])
-        return self._memo("spec", [task, name], place, lambda: task_spec(task, name, self.base, self.allow_code))
+    def _name(self, cell: Cell) -> str:
+        """A cell's names; the task's only where there are several."""
+        skip = "task" if len(self.matrix.task) == 1 else None
+        return " ".join(f"s{v}" if k == "seed" else str(v) for k, v in cell.axes.items() if k != skip)
 
+    @once("task")
+    def _spec(self, cell: Cell, other: str | None = None) -> dict:
+        """The spec of the cell's task, or of another one that its files or lm-eval know."""
+        task = TaskSettings(include=cell.task.include) if other else cell.task
+        name = other or cell.task_name
+        return self._placed(lambda: task_spec(task, name, self.base, self.allow_code), "task", cell.axes["task"])
+
+    @once("model")
     def _model(self, cell: Cell) -> str:
         source = registry.get("source", cell.model.source.partition(":")[0])
-        identity = self._memo(
-            "identity", cell.model, ("model", cell.axes["model"]), lambda: source().identity(cell.model, self.base)
-        )
+        identity = self._placed(lambda: source().identity(cell.model, self.base), "model", cell.axes["model"])
         params = {"model": plain(cell.model), "base": str(self.base), "allow_code": self.allow_code}
-        return self._add(cell, "model", identity, {}, f"model {cell.axes['model']}", params=params)
+        return self._add("model", identity, {}, f"model {cell.axes['model']}", params=params)
 
+    @once("model", "task")
     def _pairs(self, cell: Cell, documents: int, max_tokens: int, task: str | None = None) -> str:
         data = cell.task.train_data if task is None else None
         name = task or (data.task if data and data.task else cell.task_name)
-        spec = self._spec(cell, TaskSettings(include=cell.task.include), name)
         other = data if data and not data.task else None
         settings = {
-            "spec": spec,
+            "spec": self._spec(cell, name),
             "train_data": other,
             "split": data.split if data else "train",
             "prompt": cell.prompt,
@@ -102,17 +133,16 @@ class Planner:
             "max_tokens": max_tokens,
         }
         if other and other.jsonl:
-            settings["content"] = self._memo(
-                "file", other.jsonl, ("task", cell.axes["task"]), lambda: _content(self.base / other.jsonl)
-            )
+            file = self.base / other.jsonl
+            settings["content"] = self._placed(lambda: _content(file), "task", cell.axes["task"], "train_data", "jsonl")
         needs = {"tokenizer": self._model(cell)}
-        params = {"base": str(self.base)}
         label = f"training text of {name} ({documents})"
-        return self._add(cell, "pairs", settings, needs, label, params=params, work=documents)
+        return self._add("pairs", settings, needs, label, params={"base": str(self.base)}, work=documents)
 
     def _calibration(self, cell: Cell, calibration: CalibrationSettings) -> str:
         return self._pairs(cell, calibration.documents, calibration.max_tokens, calibration.task)
 
+    @once("model", "compression", "task")
     def _compressed(self, cell: Cell) -> str:
         key = self._model(cell)
         for i, choice in enumerate(cell.compression):
@@ -125,21 +155,35 @@ class Planner:
             needs = {"source": key}
             if getattr(backend, "calibrated", False):
                 needs["examples"] = self._calibration(cell, choice.settings.calibration)
-                settings |= self._numeric()
-            label = f"compress {cell.axes['model']} by {choice.name}"
+                settings |= self.numeric
+            label = f"compress {cell.axes['model']} to {cell.axes['compression']}"
             if len(cell.compression) > 1:
-                label += f" ({i + 1} of {len(cell.compression)})"
-            key = self._add(cell, "compress", settings, needs, label, packages=backend.packages)
+                label += f" ({i + 1} of {len(cell.compression)}, {choice.name})"
+            key = self._add("compress", settings, needs, label, packages=backend.packages)
         return key
 
-    def _tune(self, cell: Cell) -> str:
-        restoring, train = cell.restoring, cell.train
+    @once("compression", "pet", "restoring", "seed")
+    def _tune_settings(self, cell: Cell) -> Fixed:
+        restoring = cell.restoring
         settings: dict[str, Any] = {
             "pet": {"method": cell.pet.method, **cell.pet.fields},
-            "train": _shaping(train),
+            "train": {k: v for k, v in plain(cell.train).items() if k != "checkpoint_every"},
             "seed": cell.seed,
-            **self._numeric(),
+            **self.numeric,
         }
+        if restoring.inherit and restoring.inherit.from_:
+            settings["inherit"] = restoring.inherit.from_
+        if restoring.recover:
+            settings["recover"] = {"r": restoring.recover.r, "scale": restoring.recover.scale, "act": restoring.recover.act}
+        if restoring.distill:
+            settings["distill"] = restoring.distill
+        if restoring.control:
+            settings["control"] = control_settings(cell)
+        return fixed(settings)
+
+    @once(*AXES)
+    def _tune(self, cell: Cell) -> str:
+        restoring, train = cell.restoring, cell.train
         needs = {
             "model": self._compressed(cell),
             "pairs": self._pairs(cell, train.documents, train.max_tokens),
@@ -147,58 +191,54 @@ class Planner:
         params: dict[str, Any] = {"checkpoint_every": train.checkpoint_every}
         if restoring.inherit:
             if restoring.inherit.from_:
-                settings["inherit"] = restoring.inherit.from_
                 params["base"] = str(self.base)
             else:
                 needs["inherit"] = self._tune(cell.dense)
-        if restoring.recover:
-            settings["recover"] = {"r": restoring.recover.r, "scale": restoring.recover.scale, "act": restoring.recover.act}
-            if restoring.recover.init != "zero":
-                needs["init"] = self._compensation(cell)
+        if restoring.recover and restoring.recover.init != "zero":
+            needs["init"] = self._compensation(cell, restoring.recover)
         if restoring.distill:
-            settings["distill"] = restoring.distill
             needs["features"] = self._teacher(cell, restoring.distill)
-        if restoring.control:
-            settings["control"] = control_settings(cell)
-        label = f"tune {_name(cell)}"
-        work = train.steps * train.batch
-        return self._add(cell, "tune", settings, needs, label, params=params, work=max(work, 1))
+        work = max(1, train.steps * train.batch)
+        return self._add("tune", self._tune_settings(cell), needs, f"tune {self._name(cell)}", params=params, work=work)
 
     def _teacher(self, cell: Cell, distill: DistillSettings) -> str:
-        order = {k: getattr(cell.train, k) for k in ("steps", "batch", "order_seed", "max_tokens")}
-        if cell.restoring.control == "longer":
-            order["steps"] += cell.dense.train.steps
+        steps = cell.train.steps + (cell.dense.train.steps if cell.restoring.control == "longer" else 0)
+        model = self._model(cell) if distill.teacher == "dense" else self._compressed(cell)
+        return self._features(cell.dense, model, distill, cell.train.model_copy(update={"steps": steps}))
+
+    @once("model", "pet", "task", "seed")
+    def _features(self, dense: Cell, model: str, distill: DistillSettings, train: TrainSettings) -> str:
         settings = {
             "hidden": distill.hidden,
             "top_k": distill.kl.top_k if distill.kl else None,
-            "order": order,
-            **self._numeric(),
+            "order": {k: getattr(train, k) for k in ("steps", "batch", "documents", "order_seed", "max_tokens")},
+            **self.numeric,
         }
         needs = {
-            "model": self._model(cell) if distill.teacher == "dense" else self._compressed(cell),
-            "adapter": self._tune(cell.dense),
-            "pairs": self._pairs(cell, cell.train.documents, cell.train.max_tokens),
+            "model": model,
+            "adapter": self._tune(dense),
+            "pairs": self._pairs(dense, train.documents, train.max_tokens),
         }
-        work = cell.train.steps * cell.train.batch
-        return self._add(cell, "teacher", settings, needs, f"teacher of {_name(cell.dense)}", work=work)
+        work = train.steps * train.batch
+        return self._add("teacher", settings, needs, f"teacher of {self._name(dense)}", work=work)
 
-    def _compensation(self, cell: Cell) -> str:
-        recover = cell.restoring.recover
+    @once("model", "compression", "task")
+    def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
         compressed = self._compressed(cell)
         needs = {"dense": self._model(cell), "model": compressed}
+        name = f"{cell.axes['model']} {cell.axes['compression']}"
         if recover.init == "eora":
             calibration = recover.calibration
             own = {"documents": calibration.documents, "max_tokens": calibration.max_tokens, "seed": calibration.seed}
             inner = {"model": compressed, "pairs": self._calibration(cell, calibration)}
-            label = f"input moments of {cell.axes['model']} {cell.axes['compression']}"
-            needs["moments"] = self._add(
-                cell, "moments", own | self._numeric(), inner, label, work=calibration.documents
-            )
+            label = f"input moments of {name}"
+            needs["moments"] = self._add("moments", own | self.numeric, inner, label, work=calibration.documents)
         settings = {"method": recover.init, "r": recover.r, "scale": recover.scale}
-        label = f"{recover.init} start for {cell.axes['model']} {cell.axes['compression']}"
-        return self._add(cell, "compensation", settings, needs, label)
+        return self._add("compensation", settings, needs, f"{recover.init} start for {name}")
 
-    def _probe(self, cell: Cell) -> str:
+    @once("compression", "pet", "restoring")
+    def _probe_settings(self, cell: Cell) -> tuple[Fixed, tuple[str, ...]]:
+        """Settings of a probe (its `structure` is what of the compression changes the kernels) and packages that shape it."""
         structure, packages = [], []
         for choice in cell.compression:
             backend = registry.get("compression", choice.name)
@@ -216,8 +256,20 @@ class Planner:
             settings["recover"] = {"r": cell.restoring.recover.r, "act": cell.restoring.recover.act}
         if cell.restoring and cell.restoring.control:
             settings["control"] = {k: v for k, v in control_settings(cell).items() if k != "extra_steps"}
-        needs = {"model": self._compressed(cell) if structure else self._model(cell)}
-        return self._add(cell, "probe", settings, needs, f"probe {_structure_name(cell)}", packages=packages)
+        return fixed(settings), tuple(packages)
+
+    @once("model", "compression", "pet", "restoring", "task")
+    def _probe(self, cell: Cell) -> str:
+        settings, packages = self._probe_settings(cell)
+        needs = {"model": self._compressed(cell) if settings.value["structure"] else self._model(cell)}
+        names = [str(cell.axes[k]) for k in ("model", "compression", "pet", "restoring")]
+        return self._add("probe", settings, needs, f"probe {' '.join(names)}", packages=packages)
+
+    @once("model", "task")
+    def _requests(self, cell: Cell) -> tuple[str, Fixed]:
+        shared = fixed({"spec": self._spec(cell), "prompt": cell.prompt, "limit": cell.task.limit})
+        needs, label = {"tokenizer": self._model(cell)}, f"requests of {cell.axes['task']}"
+        return self._add("requests", shared, needs, label, work=cell.task.limit or 1000), shared
 
     def _cell(self, cell: Cell) -> dict[str, str]:
         roles = {"model": self._model(cell)}
@@ -227,18 +279,14 @@ class Planner:
             roles["tune"] = self._tune(cell)
             if cell.restoring.inherit or cell.restoring.distill:
                 roles["dense_tune"] = self._tune(cell.dense)
-        spec, tokenizer = self._spec(cell, cell.task, cell.task_name), {"tokenizer": roles["model"]}
-        shared = {"spec": spec, "prompt": cell.prompt, "limit": cell.task.limit}
-        limit = cell.task.limit or 1000
-        task = cell.axes["task"]
-        requests = self._add(cell, "requests", shared, tokenizer, f"requests of {task}", work=limit)
+        requests, shared = self._requests(cell)
+        work, name = cell.task.limit or 1000, self._name(cell)
         needs = {"model": roles.get("compress", roles["model"]), "requests": requests}
         if "tune" in roles:
             needs["adapter"] = roles["tune"]
-        own = {"tokens_per_batch": self.machine["tokens_per_batch"], **self._numeric()}
-        roles["responses"] = self._add(cell, "responses", own, needs, f"score {_name(cell)}", work=limit)
-        needs = {"requests": requests, "responses": roles["responses"], **tokenizer}
-        roles["metrics"] = self._add(cell, "metrics", shared, needs, f"metrics {_name(cell)}", work=limit)
+        roles["responses"] = self._add("responses", self.scoring, needs, f"score {name}", work=work)
+        needs = {"requests": requests, "responses": roles["responses"], "tokenizer": roles["model"]}
+        roles["metrics"] = self._add("metrics", shared, needs, f"metrics {name}", work=work)
         if cell.probes.throughput or cell.probes.memory:
             roles["probe"] = self._probe(cell)
         return roles
@@ -258,21 +306,10 @@ def control_settings(cell: Cell) -> dict[str, Any]:
     return found
 
 
-def _shaping(train: TrainSettings) -> dict[str, Any]:
-    return {k: v for k, v in plain(train).items() if k != "checkpoint_every"}
-
-
 def _content(path: Path) -> str:
     from .store import sha256_file
 
     if not path.is_file():
-        raise InputError(f"There is no file {path}.", key="train_data.jsonl")
+        raise InputError(f"There is no file {path}.", key="jsonl")
     return sha256_file(path)
 
-
-def _name(cell: Cell) -> str:
-    return " ".join(str(v) for k, v in cell.axes.items() if k != "task")
-
-
-def _structure_name(cell: Cell) -> str:
-    return " ".join(str(cell.axes[k]) for k in ("model", "compression", "pet", "restoring"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .cells import Cell, expand
 from .errors import EXIT_DONE, EXIT_FAILED_CELLS, EXIT_INTERRUPTED, InputError, StopError
 from .estimates import Estimates
 from .events import Events
-from .folders import count, finish_folder, start_folder, write_json
+from .folders import count, finish_folder, read_json, start_folder, write_json
 from .leases import Leases
 from .matrix import Matrix, load_matrix
 from .plan import Plan, Planner
@@ -37,10 +37,23 @@ class Prepared:
     estimates: Estimates
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def recorded(self) -> dict[str, str]:
+        """Cells whose record already says how they end with these very keys (id → done or unsupported)."""
+        found = {}
+        for cell_id, roles in self.plan.roles.items():
+            old = read_json(self.folder / "records" / f"{cell_id}.json")
+            if not isinstance(old, dict) or old.get("status") not in ("done", "unsupported"):
+                continue
+            kept = old["status"] != "done" or (self.folder / "outcomes" / f"{cell_id}.parquet").exists()
+            if kept and (old.get("provenance") or {}).get("keys") == roles:
+                found[cell_id] = old["status"]
+        return found
+
     def missing(self) -> list[str]:
-        """Keys of steps that must run: not in the store, and needed by a result that is not there either."""
+        """Keys of steps that must run: not in the store, and needed by a result that is neither there nor recorded."""
         wanted: set[str] = set()
-        stack = [k for roles in self.plan.roles.values() for k in roles.values()]
+        stack = [k for i, roles in self.plan.roles.items() if i not in self.recorded for k in roles.values()]
         while stack:
             key = stack.pop()
             if key not in wanted and not self.store.has(key):
@@ -95,17 +108,19 @@ class Runner:
         )
         self.leases = Leases(ready.store)
         self.reasons: dict[str, dict[str, Any]] = {}  # failed step → why
-        self.statuses: dict[str, str] = {}
+        self.statuses: dict[str, str] = dict(ready.recorded)
         self.tries: dict[str, int] = {}
         self.stop_asked: str | None = None
         self.computed = 0
         missing = ready.missing()
-        done = [k for k in self.plan.steps if k not in set(missing)]
+        done = self.plan.steps.keys() - set(missing)
         self.schedule = Schedule(self.plan.steps, missing, done, ready.seconds)
         self.open_cells: dict[str, set[str]] = {}
         self.cells_of: dict[str, list[str]] = {}
         self.cells = {cell.id: cell for cell in self.plan.cells}
         for cell in self.plan.cells:
+            if cell.id in self.statuses:
+                continue
             self.open_cells[cell.id] = {k for k in self.plan.roles[cell.id].values() if k in self.schedule.left}
             for key in self.plan.closure(self.plan.roles[cell.id].values()):
                 self.cells_of.setdefault(key, []).append(cell.id)
@@ -126,16 +141,6 @@ class Runner:
                 self._complete(cell)
 
     def _complete(self, cell: Cell) -> None:
-        path = self.ready.folder / "records" / f"{cell.id}.json"
-        outcomes = self.ready.folder / "outcomes" / f"{cell.id}.parquet"
-        if outcomes.exists():
-            try:
-                old = json.loads(path.read_text())
-                if old["status"] == "done" and old["provenance"]["keys"] == self.plan.roles[cell.id]:
-                    self.statuses[cell.id] = "done"
-                    return
-            except (OSError, ValueError, KeyError):
-                pass
         self.recorder.outcomes(cell)
         self._write(cell, self.recorder.done(cell))
 

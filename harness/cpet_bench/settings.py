@@ -84,7 +84,7 @@ class TrainSettings(Settings):
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: Natural = 8
     schedule: Literal["linear", "cosine", "noam", "constant"] = "linear"
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(1.0, gt=0, le=1e6)
     max_tokens: Positive = 512
     order_seed: Natural = 0
     checkpoint_every: Positive = 10
@@ -103,7 +103,7 @@ class TrainOverride(Settings):
     betas: tuple[float, float] | None = None
     warmup: Natural | None = None
     schedule: Literal["linear", "cosine", "noam", "constant"] | None = None
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(None, gt=0, le=1e6)
     max_tokens: Positive | None = None
     order_seed: Natural | None = None
     checkpoint_every: Positive | None = None
@@ -148,7 +148,7 @@ class RecoverSettings(Settings):
     """
 
     r: Positive = 16
-    alpha: float | None = Field(None, gt=0, description="None: as r, so that the scale is 1")
+    alpha: float | None = Field(None, gt=0, le=1e6, description="None: as r, so that the scale is 1")
     act: Literal["gelu", "sigmoid", "identity"] = "gelu"
     init: Literal["zero", "svd", "eora"] = "zero"
     calibration: CalibrationSettings = CalibrationSettings(documents=256)
@@ -167,8 +167,8 @@ class RecoverSettings(Settings):
 class KlSettings(Settings):
     """Logit distillation, an extra that the paper does not have: the teacher's k largest logits at scored positions."""
 
-    weight: float = Field(1.0, gt=0)
-    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e6)
+    temperature: float = Field(1.0, gt=0, le=1e6)
     top_k: Positive = 64
 
 
@@ -179,9 +179,9 @@ class DistillSettings(Settings):
     teacher: `dense` is M + D, `compressed` C + D (the Llama-2 script). Encoder-decoder models have two weights.
     """
 
-    weight: float = Field(1.0, ge=0)
-    encoder_weight: float = Field(0.005, ge=0)
-    decoder_weight: float = Field(0.05, ge=0)
+    weight: float = Field(1.0, ge=0, le=1e6)
+    encoder_weight: float = Field(0.005, ge=0, le=1e6)
+    decoder_weight: float = Field(0.05, ge=0, le=1e6)
     hidden: Literal["last", "last_block_input"] = "last"
     teacher: Literal["dense", "compressed"] = "dense"
     kl: KlSettings | None = None

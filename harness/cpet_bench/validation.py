@@ -45,8 +45,8 @@ class Reader:
     def name(self, path: Path_, name: str) -> str:
         """A name that can stand in a cell's id and in a file's name."""
         if len(name) > 64 or not NAME.fullmatch(name):
-            message = f"{name[:80]!r} cannot be a name: up to 64 letters, digits and _ . + or single - (it becomes part of ids and files)"
-            raise self.error(path, message)
+            rule = "up to 64 letters, digits and _ . + or single - (it becomes part of ids and files)"
+            raise self.error(path, f"{name[:80]!r} cannot be a name: {rule}")
         return name
 
     def model(self, path: Path_, cls: type[BaseModel], value: Any, more: Iterable[str] = ()) -> Any:

@@ -1,10 +1,12 @@
 """YAML read safely, with the line of every value: plain data, no tags, no code, bounded in size, depth and aliases.
 
-Scalars are read as YAML 1.2's core schema reads them, so that `2:4`, `no` and `2026-11-24` stay text and `1e-3` is a number.
+Scalars are read as YAML 1.2's core schema reads them, so that `2:4`, `no` and `2026-11-24` stay text and `1e-3` is a number;
+but for octal, hexadecimal, infinite and undefined numbers, which stay text: no setting has a use for them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,10 +22,8 @@ Path_ = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
-_WORDS |= {w: True for w in ("true", "True", "TRUE")} | {w: False for w in ("false", "False", "FALSE")}
-_WORDS |= {s + w: float(s + "inf") for s in ("", "+", "-") for w in (".inf", ".Inf", ".INF")}
-_WORDS |= {w: float("nan") for w in (".nan", ".NaN", ".NAN")}
+_WORDS = dict.fromkeys(("", "~", "null", "Null", "NULL"))
+_WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 
 
 @dataclass
@@ -74,7 +74,9 @@ def scalar(event: yaml.ScalarEvent) -> Any:
         return _WORDS[text]
     if _INT.fullmatch(text):
         return int(text) if len(text) <= 40 else text
-    return float(text) if _FLOAT.fullmatch(text) else text
+    if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
+    return text
 
 
 class _Builder:
@@ -82,7 +84,7 @@ class _Builder:
 
     def __init__(self, path: Path, events: Iterator[yaml.Event]):
         self.path, self.events = path, events
-        self.places: dict[Path_, tuple[Path, int]] = {}
+        self.places: dict[Path_, tuple[Path, int]] = {(): (path, 1)}
         self.anchors: dict[str, tuple[Any, int]] = {}
         self.nodes = 0
 

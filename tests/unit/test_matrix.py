@@ -138,7 +138,8 @@ def test_rules_that_match_nothing_are_mistakes(rule, says, tmp_path):
 def test_only_on_the_command_line(tmp_path):
     ids = [c.id for c in expand(load(BASE, tmp_path, only=["restoring=vanilla,cp*", "compression=nf4", "seed=0"]))]
     assert ids == ["tiny--nf4--lora--vanilla--movie_reviews--s0", "tiny--nf4--lora--cpet--movie_reviews--s0"]
-    for wrong, says in (("restoring=vanila", "Did you mean vanilla"), ("restorin=x", "Did you mean restoring"), ("x", "AXIS=NAME")):
+    wrongs = (("restoring=vanila", "Did you mean vanilla"), ("restorin=x", "Did you mean restoring"), ("x", "AXIS=NAME"))
+    for wrong, says in wrongs:
         with pytest.raises(InputError, match=says):
             load(BASE, tmp_path, only=[wrong])
     with pytest.raises(InputError, match="no cell is left"):

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     ready = prepared(args)
     before = read_json(ready.folder / "plan.json")
     missing = set(ready.missing())
-    rows = []
+    rows, users = [], ready.plan.users()
     for key, step in ready.plan.steps.items():
         cached = ready.store.has(key)
         if not cached and key not in missing:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
                 "key": key,
                 "kind": step.kind,
                 "label": step.label,
-                "cells": len(step.cells),
+                "cells": users[key],
                 "cached": cached,
                 "runs": key in missing,
                 "why": why,

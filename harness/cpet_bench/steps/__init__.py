@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..keys import digest, versions
+from ..keys import Fixed, fixed, versions
 
 TORCH = ("torch", "transformers")
 
@@ -40,41 +41,65 @@ class Kind:
         return getattr(importlib.import_module(f"cpet_bench.{module}"), name)
 
 
+_SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "generation"))
+def _kind(name: str, version: int, packages: tuple[str, ...], run: str, *sources: str) -> Kind:
+    return Kind(name, version, packages, f"steps.{run}", (*sources, f"steps.{run.partition(':')[0]}"))
+
+
+_TEXT = ("lm-eval", "transformers", "datasets")
+_TASKS = ("evaluation.tasks", "evaluation.task_files", "evaluation.encoding", "evaluation.requests")
+_PASS = ("training_model", "training_rows", "models.arch")
 _ALL = [
-    Kind("model", 1, (), "steps.models:run_model", ("models.sources", "models.pypi", "models.tiny")),
-    Kind("compress", 1, TORCH, "steps.models:run_compress", ("models.loading", "models.arch")),
-    Kind("pairs", 1, ("lm-eval", "transformers", "datasets"), "steps.data:run_pairs", ("evaluation.pairs",)),
-    Kind("requests", 1, ("lm-eval", "transformers", "datasets"), "steps.data:run_requests", ("evaluation.requests",)),
-    Kind("teacher", 1, (*TORCH, "peft"), "steps.tuning:run_teacher", ("restoring.distill",)),
-    Kind("moments", 1, TORCH, "steps.tuning:run_moments", ("restoring.compensate",)),
-    Kind("compensation", 1, TORCH, "steps.tuning:run_compensation", ("restoring.compensate",)),
-    Kind("tune", 1, (*TORCH, "peft", "bitsandbytes"), "steps.tuning:run_tune", ("training", "restoring.recover")),
-    Kind("responses", 1, (*TORCH, "peft"), "steps.scoring:run_responses", ("evaluation.scorer",)),
-    Kind("metrics", 1, ("lm-eval",), "steps.data:run_metrics", ("evaluation.metrics", "stats")),
-    Kind("probe", 1, (*TORCH, "peft"), "steps.scoring:run_probe", ("probes.throughput", "probes.memory")),
+    _kind("model", 1, (), "models:run_model", "models.sources", "models.pypi", "models.tiny"),
+    _kind("compress", 1, TORCH, "models:run_compress", "models.loading", "models.arch", "compression.masks"),
+    _kind("pairs", 1, _TEXT, "data:run_pairs", "evaluation.pairs", *_TASKS),
+    _kind("requests", 1, _TEXT, "data:run_requests", *_TASKS),
+    _kind("teacher", 1, (*TORCH, "peft"), "tuning:run_teacher", "restoring.distill", "deployment", *_PASS),
+    _kind("moments", 1, TORCH, "tuning:run_moments", "restoring.compensate", "models.arch"),
+    _kind("compensation", 1, TORCH, "tuning:run_compensation", "restoring.compensate", "models.arch"),
+    _kind(
+        "tune",
+        1,
+        (*TORCH, "peft", "bitsandbytes"),
+        "tuning:run_tune",
+        *("training", "training_losses", "training_state", "pet.methods", "restoring.recover", "restoring.fairness"),
+        *_PASS,
+    ),
+    _kind("responses", 1, (*TORCH, "peft"), "scoring:run_responses", "evaluation.scorer", "evaluation.batching", "deployment"),
+    _kind("metrics", 1, ("lm-eval",), "data:run_metrics", "evaluation.metrics", "stats"),
+    _kind("probe", 1, (*TORCH, "peft"), "scoring:run_probe", "probes.throughput", "probes.memory"),
 ]
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
-    """One unit of work. `settings` and `needs` (role → key) make the key; `params` are for this run alone."""
+    """One unit of work. Kind, settings, needs (role → key) and package versions make the key; `params` do not."""
 
     kind: str
-    settings: dict[str, Any]
+    fixed: Fixed
     needs: dict[str, str]
     label: str
-    versions: dict[str, str]
+    shaped_by: Fixed  # versions of packages
     params: dict[str, Any] = field(default_factory=dict)
     work: float = 1.0
-    cells: list[str] = field(default_factory=list)
     key: str = ""
 
     def __post_init__(self):
-        self.key = digest(self.identity())
+        needs = [f"{role}={self.needs[role]}" for role in sorted(self.needs)]
+        parts = [self.kind, str(KINDS[self.kind].version), self.fixed.digest, self.shaped_by.digest, *needs]
+        self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.fixed.value
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.shaped_by.value
 
     def identity(self) -> dict[str, Any]:
-        """What the key is the hash of."""
+        """What makes the key, in full (the key hashes settings and versions by their own hashes)."""
         return {
             "kind": self.kind,
             "version": KINDS[self.kind].version,
@@ -84,6 +109,12 @@ class Step:
         }
 
 
-def make_step(kind: str, settings: dict, needs: dict[str, str], label: str, *, packages=(), **rest) -> Step:
+@cache
+def _versions(kind: str, packages: tuple[str, ...]) -> Fixed:
+    return fixed(versions((*KINDS[kind].packages, *packages)))
+
+
+def make_step(kind: str, settings: Fixed | dict, needs: dict[str, str], label: str, *, packages=(), **rest) -> Step:
     """A Step with the versions of the packages that shape it; `packages` adds those of a backend."""
-    return Step(kind, settings, needs, label, versions((*KINDS[kind].packages, *packages)), **rest)
+    settings = settings if isinstance(settings, Fixed) else fixed(settings)
+    return Step(kind, settings, needs, label, _versions(kind, tuple(packages)), **rest)
