@@ -112,7 +112,7 @@ def load_matrix(path: Path, only: list[str] | None = None) -> Matrix:
     names = {axis: [str(n) for n in found[axis]] for axis in AXES}
     for part in ("include", "exclude"):
         found[part] = _rules(reader, part, raw.get(part), names)
-    found["only"] = [_only(text, names) for text in only or []]
+    found["only"] = tuple(_only(text, names) for text in only or ())
     matrix = Matrix.model_construct(**{**found, "seed": tuple(found["seed"])})
     matrix._document, matrix._path = document, path
     matrix._nothing = {

@@ -33,10 +33,9 @@ class BitsAndBytes:
 
         @model_validator(mode="after")
         def _fits(self):
-            given = self.model_fields_set
-            if self.type == "int8" and given & {"double_quant", "compute_dtype"}:
+            if self.type == "int8" and (self.double_quant or self.compute_dtype != "auto"):
                 raise ValueError("double_quant and compute_dtype belong to nf4 and fp4, not to int8")
-            if self.type != "int8" and "threshold" in given:
+            if self.type != "int8" and self.threshold != 6.0:
                 raise ValueError(f"threshold belongs to int8, not to {self.type}")
             return self
 
