@@ -211,7 +211,7 @@ _EMPTY: dict[str, Any] = {
 def primary(metrics: dict[str, Any]) -> str | None:
     """The metric a ladder is sorted by: accuracy where there is one, else the first."""
     for name in metrics:
-        if name.rsplit("/", 1)[-1] in ("acc", "exact_match", "f1"):
+        if name.rsplit("/", 1)[-1].partition(",")[0] in ("acc", "exact_match", "f1"):
             return name
     return next(iter(metrics), None)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,22 @@ class LocalWorker:
         self.send(op="setup", machine=self.machine, store=self.store)
 
     def _listen(self, process: subprocess.Popen) -> None:
-        for line in process.stdout:
-            try:
-                self.inbox.put((self.name, json.loads(line)))
-            except ValueError:
-                continue  # a line cut off by a kill
+        with process.stdout:
+            for line in process.stdout:
+                try:
+                    self.inbox.put((self.name, json.loads(line)))
+                except ValueError:
+                    continue  # a line cut off by a kill
         process.wait()
+        with suppress(OSError):
+            process.stdin.close()
         self.inbox.put((self.name, {"event": "exit", "code": process.returncode, "pid": process.pid}))
 
     def send(self, **message: Any) -> None:
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
-        except (BrokenPipeError, OSError):
+        except (OSError, ValueError):  # a pipe that is broken, or closed
             pass  # its exit is reported by the listener
 
     def run(self, step: Step, log: Path, limit: float) -> None:

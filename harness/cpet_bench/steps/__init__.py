@@ -41,13 +41,13 @@ class Kind:
         return getattr(importlib.import_module(f"cpet_bench.{module}"), name)
 
 
-_SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "generation"))
 def _kind(name: str, version: int, packages: tuple[str, ...], run: str, *sources: str) -> Kind:
     return Kind(name, version, packages, f"steps.{run}", (*sources, f"steps.{run.partition(':')[0]}"))
 
 
 _TEXT = ("lm-eval", "transformers", "datasets")
 _TASKS = ("evaluation.tasks", "evaluation.task_files", "evaluation.encoding", "evaluation.requests")
+_SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "generation"))
 _PASS = ("training_model", "training_rows", "models.arch")
 _ALL = [
     _kind("model", 1, (), "models:run_model", "models.sources", "models.pypi", "models.tiny"),
@@ -65,8 +65,8 @@ _ALL = [
         *("training", "training_losses", "training_state", "pet.methods", "restoring.recover", "restoring.fairness"),
         *_PASS,
     ),
-    _kind("responses", 1, (*TORCH, "peft"), "scoring:run_responses", "evaluation.scorer", "evaluation.batching", "deployment"),
-    _kind("metrics", 1, ("lm-eval",), "data:run_metrics", "evaluation.metrics", "stats"),
+    _kind("responses", 1, (*TORCH, "peft"), "scoring:run_responses", "deployment", *_SCORING),
+    _kind("metrics", 1, ("lm-eval",), "data:run_metrics", "evaluation.metrics", "evaluation.intervals", "stats"),
     _kind("probe", 1, (*TORCH, "peft"), "scoring:run_probe", "probes.throughput", "probes.memory"),
 ]
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
