@@ -103,7 +103,7 @@ def logits(model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor | None =
         out = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
     else:
         out = F.linear(hidden.to(weight.dtype), weight, bias).float()
-    return out if scale is None else out * scale
+    return _finished(model, out, scale)
 
 
 def partial_logits(model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,13 @@ def partial_logits(model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor)
     out = torch.einsum("pd,pkd->pk", hidden.to(weight.device).float(), weight[tokens].float())
     if bias is not None:
         out = out + bias[tokens].float()
-    return out if scale is None else out * scale
+    return _finished(model, out, scale)
+
+
+def _finished(model: nn.Module, out: torch.Tensor, scale: float | None) -> torch.Tensor:
+    out = out if scale is None else out * scale
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    return out if not cap else cap * torch.tanh(out / cap)
 
 
 def last_block(trunk: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ kept as JSON in the cache folder.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +46,13 @@ def our_folder() -> Path:
 def lm_eval_folder() -> Path:
     """The folder of lm-eval's own task files."""
     return Path(find_spec("lm_eval").origin).parent / "tasks"
+
+
+@cache
+def metric_names() -> tuple[str, ...]:
+    """The metrics that lm-eval itself has, out of its source: importing it takes seconds."""
+    text = (lm_eval_folder().parent / "api" / "metrics.py").read_text()
+    return tuple(sorted(set(re.findall(r"@register_metric\(\s*metric=[\"']([^\"']+)", text))))
 
 
 @cache

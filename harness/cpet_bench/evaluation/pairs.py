@@ -60,7 +60,8 @@ def build_pairs(
         target = row["choice_ids"][row["gold"]] if row.get("choice_ids") else row["target_ids"]
         if not target or not all(row.get("choice_ids", [])):
             continue  # an answer without a token cannot be learnt
-        rows.append({"choice_ids": [], "gold": -1, **row, "target_ids": target, "context_ids": row["context_ids"][-max_tokens:]})
+        context = row["context_ids"][-max_tokens:]
+        rows.append({"choice_ids": [], "gold": -1, **row, "target_ids": target, "context_ids": context})
     if not rows:
         raise InputError(f"there are no training documents in {spec['name']}", key="train_data")
     write_table(rows, SCHEMA, Path(out, "pairs.parquet"))
@@ -150,7 +151,7 @@ def _own(data: TrainData, prompt: PromptSettings, encoder: Encoder, documents: i
     With a chat template the prompt is the user's turn; without, prompt and answer are parted by a space where neither has one.
     """
     rows = dict(_jsonl(Path(data.jsonl)) if data.jsonl else _dataset(data))
-    names = document_ids({place: row for place, row in rows.items()})
+    names = document_ids(rows)
     render = chat_template(prompt, encoder)
     found = []
     for place in sorted(rows, key=lambda p: names[p])[:documents]:
@@ -185,7 +186,7 @@ def _text(row: dict, key: str, where: dict) -> str:
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at what else Unicode calls a line break
     except OSError as error:
         raise InputError(f"the training data cannot be read: {error.strerror or error}", file=path) from None
     except UnicodeDecodeError:

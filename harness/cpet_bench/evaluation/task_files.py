@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise InputError(f"task files include each other: {' → '.join(p.name for p in (*seen, path))}", file=path)
     try:
-        found = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506 - a safe loader with one tag more
+        found = yaml.load(path.read_bytes(), Loader=_Loader)  # a safe loader with one tag more
     except OSError as error:
         raise InputError(f"this task file cannot be read: {error.strerror or error}", file=path) from None
     except yaml.YAMLError as error:
@@ -63,6 +64,20 @@ def functions(config: Any) -> list[str]:
         own = [str(config[FUNCTION])] if FUNCTION in config else []
         return own + [f for v in config.values() for f in functions(v)]
     return [f for v in config for f in functions(v)] if isinstance(config, list) else []
+
+
+def foreign_metrics(config: Any, known: Iterable[str]) -> list[str]:
+    """Metrics named in a configuration, anywhere in it, that are not `known` or are asked for from the `evaluate` library."""
+    if isinstance(config, list):
+        return [m for v in config for m in foreign_metrics(v, known)]
+    if not isinstance(config, dict):
+        return []
+    found = [m for k, v in config.items() if k != "metric_list" for m in foreign_metrics(v, known)]
+    for item in config.get("metric_list") or []:
+        name = item.get("metric") if isinstance(item, dict) else None
+        if isinstance(name, str) and (name not in known or item.get("hf_evaluate")):
+            found.append(name)
+    return found
 
 
 def localise(config: dict[str, Any], folder: Path, file: Path) -> tuple[dict[str, Any], list[Path]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..errors import InputError, StepFailed, StopError
 from ..settings import PromptSettings, TaskSettings
-from .catalogue import closure, lm_eval_folder, lm_eval_tasks, our_folder
-from .task_files import FUNCTION, file_hash, functions, localise, read_yaml, yaml_files
+from .catalogue import closure, lm_eval_folder, lm_eval_tasks, metric_names, our_folder
+from .task_files import FUNCTION, file_hash, foreign_metrics, functions, localise, read_yaml, yaml_files
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
@@ -97,6 +97,12 @@ def _describe(origin: str, folder: Path, table: dict, name: str, allow_code: boo
             )
         if (config.get("dataset_kwargs") or {}).get("trust_remote_code") and not allow_code:
             raise InputError("trust_remote_code needs allow_code: true in the matrix", file=file)
+        foreign = foreign_metrics(config, metric_names())
+        if foreign and not allow_code:  # lm-eval hands them to `evaluate`, which runs the script of that name
+            message = f"{foreign[0]!r} is no metric of lm-eval itself; its code needs allow_code: true in the matrix"
+            raise InputError(message, file=file, key="metric_list", given=foreign[0], allowed=metric_names())
+        if ".yaml" in str(config.get("use_prompt")):
+            raise InputError("prompts out of another file are not followed: write doc_to_text", file=file, key="use_prompt")
         configs[at] = config
         if used or origin == "folder" and allow_code:
             code |= {p.resolve(): file_hash(p) for p in sorted(file.parent.glob("*.py"))}
@@ -153,9 +159,13 @@ def load_tasks(spec: dict[str, Any], prompt: PromptSettings, split: str | None =
     places = _top([lm_eval_folder() / p for p in _paths(spec.get("external", []))])
     manager = TaskManager(include_path=[*places, folder] if folder else places, include_defaults=False)
     for name, config in spec.get("tasks", {}).items():
-        entry = manager.task_index[name]
+        entry = manager.task_index.get(name)
+        if entry is None:
+            raise StepFailed(f"the task {name} is no longer in {folder}")
         if not functions(config):
             entry.cfg, entry.yaml_path = config, None
+        elif localise(read_yaml(entry.yaml_path), entry.yaml_path.parent, entry.yaml_path)[0] != config:
+            raise StepFailed(f"{entry.yaml_path} is not what it was when the run was planned")
         elif spec["origin"] == "folder":
             from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -88,10 +88,15 @@ def body(model: nn.Module) -> nn.Module:
 
 def head(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
     """(weight V x d, bias or None, factor on the hidden state or None) of the head, for products with some rows of it."""
-    layer = model.get_output_embeddings()
+    layer, config = model.get_output_embeddings(), model.config
     scale = None
-    if model.config.is_encoder_decoder and model.config.tie_word_embeddings and model.config.model_type == "t5":
-        scale = model.config.d_model**-0.5
+    # T5 keeps its embeddings tied in any version; only the first one scales.
+    if getattr(config, "scale_decoder_outputs", config.model_type == "umt5" and config.tie_word_embeddings):
+        scale = config.d_model**-0.5
+    elif config.model_type.startswith("cohere"):
+        scale = config.logit_scale
+    elif config.model_type.startswith("granite"):
+        scale = 1.0 / config.logits_scaling
     return layer.weight, getattr(layer, "bias", None), scale
 
 

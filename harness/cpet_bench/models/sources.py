@@ -72,7 +72,7 @@ class HubSource:
     def _commit(self, settings: ModelSettings) -> str:
         """The commit a revision names now: asked of the hub, else what this machine's cache last saw."""
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         repo, revision = _rest(settings), settings.revision or "main"
         if len(revision) == 40 and all(c in "0123456789abcdef" for c in revision):
@@ -82,14 +82,11 @@ class HubSource:
             return HfApi().model_info(repo, revision=revision, timeout=20).sha
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise InputError(f"the hub has no {repo} at {revision}, or your token may not read it", key="source") from error
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # of the hub's library, of httpx, of the network
             if kept.is_file():
                 return kept.read_text().strip()
-            raise StopError(f"The hub cannot be reached for {repo}, and it is not in the hub's cache: {_line(error)}") from error
-        except Exception as error:  # httpx's own errors are no OSError
-            if kept.is_file():
-                return kept.read_text().strip()
-            raise StopError(f"The hub cannot be reached for {repo}, and it is not in the hub's cache: {_line(error)}") from error
+            message = f"The hub cannot be reached for {repo}, and it is not in the hub's cache: {_line(error)}"
+            raise StopError(message) from error
 
     def fetch(self, settings: ModelSettings, base: Path, out: Path, progress: Progress) -> dict[str, Any]:
         from huggingface_hub import snapshot_download
@@ -195,7 +192,8 @@ def facts(folder: Path) -> dict[str, Any]:
 
 def folder_hash(folder: Path) -> str:
     """Hash of a model folder's files; kept by their sizes and times, so that a large one is read once."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"))
+    kinds = (".json", ".safetensors", ".txt", ".model", ".jinja")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in kinds)
     stats = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
     note = cache_root() / "folders" / f"{digest([str(folder.resolve()), stats])}.json"
     try:

@@ -27,11 +27,13 @@ class TinySource:
         for name, value in settings.options.items():
             if name not in DEFAULTS:
                 raise InputError(f"a tiny model has no option {name!r}", key=f"options.{name}", given=name, allowed=DEFAULTS)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 65536 or (name != "seed" and not value):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not (0 if name == "seed" else 1) <= value <= 65536:
                 raise InputError(f"{value!r} is no whole number from 1 to 65536", key=f"options.{name}")
         options = {**DEFAULTS, **settings.options}
         if options["hidden"] % (2 * options["heads"]):
-            raise InputError(f"heads ({options['heads']}) must divide half of hidden ({options['hidden']})", key="options.heads")
+            message = f"heads ({options['heads']}) must divide half of hidden ({options['hidden']})"
+            raise InputError(message, key="options.heads")
         for name in ("revision", "file", "sha256"):
             if getattr(settings, name):
                 raise InputError(f"a source tiny: takes no {name}", key=name)

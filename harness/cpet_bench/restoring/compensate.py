@@ -1,0 +1,316 @@
+"""Compensation: a recovery that starts from the compression's error instead of from zero (EoRA, arXiv 2410.21271).
+
+E = W - W', W' the weight as the compressed layer really computes it; H the mean of x xT over the layer's inputs x. Of all maps
+of rank r, U2 U1 makes ||E - U2 U1||_H^2 = tr((E - U2 U1) H (E - U2 U1)T), the mean squared error of the layer's output, least.
+Any root of H serves to find it: with H = L LT and E L = U S VT, U2 U1 = U_r U_rT E (the paper's L is Q sqrt(D), H = Q D QT).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..compression.wanda import grouped
+from ..errors import StepFailed, Unsupported
+from ..models.arch import block_linears, body, dense_weight, features
+from ..models.loading import load_model
+from ..pet.methods import differences
+from ..settings import RecoverSettings
+from ..training_model import padded, start_token
+from .recover import kaiming_, write
+
+BUDGET = 4 << 30  # bytes of moments kept at once; where all of them are more, the documents are run again for the rest
+FLOOR = 1e-6  # of the largest eigenvalue of H
+Progress = Callable[[int, int, str], None]
+
+
+def moments_bytes(widths: Iterable[int]) -> int:
+    """Bytes of the input moments of layers with these input widths (layers that share an input count once)."""
+    return sum(4 * n * n for n in widths)
+
+
+# -- input moments -----------------------------------------------------------------------------------------------------
+def input_moments(model: nn.Module, examples: list[list[int]], out: Path, progress: Progress) -> dict:
+    """H = mean of x xT (in x in, fp32) of every linear layer of the blocks, over the tokens of `examples`, padding left out.
+
+    Written to `out`: moments-N.safetensors, and moments.json that says which tensor is which layer's; layers that read the
+    same input (q, k, v; gate, up) share one. Of an encoder-decoder model the encoder reads the document, and the decoder
+    its start token and the document after it.
+
+    Returns: facts: documents, tokens, bytes, layers, inputs (distinct ones), passes.
+    Raises: Unsupported: a layer that not all tokens go through; StepFailed: inputs that are not finite.
+    """
+    layers = block_linears(model)
+    leader = shared_inputs(model, layers, examples)
+    parts = _parts({name: features(layers[name])[0] for name in dict.fromkeys(leader.values())})
+    batches = grouped(examples)
+    tokens = sum(map(len, examples))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    where: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(parts):
+        sums: dict[str, torch.Tensor] = {}
+        keep: dict[str, torch.Tensor] = {}
+        hooks = [layers[name].register_forward_pre_hook(_add_product(name, sums, keep)) for name in part]
+        try:
+            for done, batch in enumerate(batches):
+                _run(model, batch, keep)
+                progress(number * len(batches) + done + 1, len(parts) * len(batches), "input moments")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        size += _save(sums, tokens, out / f"moments-{number}.safetensors")
+        where |= dict.fromkeys(part, f"moments-{number}.safetensors")
+    index = {name: {"file": where[first], "tensor": first} for name, first in leader.items()}
+    text = {"schema": 1, "documents": len(examples), "tokens": tokens, "layers": index}
+    (out / "moments.json").write_text(json.dumps(text, indent=1) + "\n")
+    return {
+        "documents": len(examples),
+        "tokens": tokens,
+        "bytes": size,
+        "layers": len(layers),
+        "inputs": len(where),
+        "passes": len(parts),
+    }
+
+
+def shared_inputs(model: nn.Module, layers: dict[str, nn.Module], examples: list[list[int]]) -> dict[str, str]:
+    """By layer, the first layer that reads the very same tensor as it does, found in a pass over a few tokens."""
+    first: dict[tuple, str] = {}
+    leader: dict[str, str] = {}
+    alive = []  # so that no later tensor takes the memory of an earlier one
+
+    def look(name: str):
+        def hook(module, args):
+            x = args[0]
+            alive.append(x)
+            leader[name] = first.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype, x._version), name)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(look(name)) for name, module in layers.items()]
+    try:
+        _run(model, [examples[0][:8]], {})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unused = [name for name in layers if name not in leader]
+    if unused:
+        raise Unsupported(f"no input reaches {', '.join(unused[:6])}, so its moments cannot be measured")
+    return {name: leader[name] for name in layers}
+
+
+def _parts(widths: dict[str, int]) -> list[list[str]]:
+    parts: list[list[str]] = []
+    held = 0
+    for name, width in widths.items():
+        size = moments_bytes([width])
+        if not parts or held + size > BUDGET:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += size
+    return parts
+
+
+@torch.no_grad()
+def _run(model: nn.Module, documents: list[list[int]], keep: dict[str, torch.Tensor]) -> None:
+    """One pass; keep["real"] is then true at the real tokens of what every layer reads, (rows x positions)."""
+    device = model.get_input_embeddings().weight.device
+    ids, mask = padded([tuple(d) for d in documents], device)
+    keep["real"] = mask.bool()
+    start = start_token(model)
+    if start is None:
+        body(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        return
+    # as long as the document, so that one mask holds for both stacks and for what passes between them
+    shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+    body(model)(
+        input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, decoder_attention_mask=mask, use_cache=False
+    )
+
+
+def _add_product(name: str, sums: dict[str, torch.Tensor], keep: dict[str, torch.Tensor]):
+    def hook(module, args):
+        x, real = args[0], keep["real"]
+        x = x.reshape(-1, x.shape[-1])
+        if len(x) != real.numel():
+            raise Unsupported(f"not every token goes through {name}, so its input moments are not those of the text")
+        x = x[real.reshape(-1).to(x.device)].float()
+        if name in sums:
+            sums[name].addmm_(x.t(), x)
+        else:
+            sums[name] = x.t() @ x
+
+    return hook
+
+
+def _save(sums: dict[str, torch.Tensor], tokens: int, path: Path) -> int:
+    from safetensors.torch import save_file
+
+    means = {name: (total / tokens).cpu() for name, total in sums.items()}
+    bad = [name for name, mean in means.items() if not bool(mean.isfinite().all())]
+    if bad:
+        raise StepFailed(f"the inputs of {', '.join(bad[:6])} are not finite")
+    save_file(means, path)
+    return path.stat().st_size
+
+
+# -- compensation ------------------------------------------------------------------------------------------------------
+def compensation(
+    dense: Path, model: nn.Module, moments: Path | None, r: int, method: str, out: Path, progress: Progress
+) -> dict:
+    """Write to `out` the recovery (identity activation, scale 1) of rank `r` that reproduces the compression's error best.
+
+    Args:
+        dense: folder of the dense model; its weights are held in fp32 on the CPU for as long as this takes.
+        model: the compressed model, resident.
+        moments: what `input_moments` wrote (eora); None for svd, where H = 1.
+    A row of U1 has the norm that Kaiming-uniform gives, 1 / sqrt 3, and U2 the inverse. Where the error has a lower rank than r,
+    the rest is an untrained recovery: a random row of U1 and a zero column of U2.
+
+    Returns: facts: method, r, layers, seconds, error_before and error_after (||E||_H^2 as a share of ||W||_H^2, over all
+        layers), left (of ||E||_H^2, a mean over layers), left_by_kind.
+    Raises: StepFailed, Unsupported: the two models have other layers or shapes.
+    """
+    began = time.perf_counter()
+    if (method == "eora") != (moments is not None):
+        raise StepFailed(f"compensation {method} {'needs' if method == 'eora' else 'takes no'} input moments")
+    original = block_linears(load_model(Path(dense)))
+    layers = block_linears(model)
+    shapes = [{name: features(m) for name, m in found.items()} for found in (original, layers)]
+    problems = differences(*shapes)
+    if problems:
+        raise Unsupported(f"the compressed model's layers are not the dense one's, so there is no error to compensate: {problems}")
+    index = json.loads(Path(moments, "moments.json").read_text())["layers"] if moments else {}
+    if moments and index.keys() != layers.keys():
+        raise StepFailed("the input moments are those of another model")
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, torch.Tensor] = {}
+    shares: dict[str, list[float]] = {}
+    before = after = whole = 0.0
+    root = held = None
+    with torch.no_grad():
+        for done, (name, module) in enumerate(layers.items()):
+            compressed = dense_weight(module)
+            w = dense_weight(original[name]).to(compressed.device)
+            if moments and index[name] != held:
+                held = index[name]
+                root = moment_root(_moment(Path(moments), held).to(w.device))
+            u1, u2, sizes = low_rank(w - compressed, root, r, generator, name)
+            weights[f"{name}.U1"], weights[f"{name}.U2"] = u1, u2
+            before, after = before + sizes[0], after + sizes[1]
+            whole += float((w if root is None else w @ root).square().sum())
+            shares.setdefault(name.rpartition(".")[2], []).append(sizes[1] / sizes[0] if sizes[0] else 0.0)
+            progress(done + 1, len(layers), name)
+    write(Path(out), weights, RecoverSettings(r=r, act="identity", init=method))
+    every = [s for values in shares.values() for s in values]
+    return {
+        "method": method,
+        "r": r,
+        "layers": len(layers),
+        "seconds": time.perf_counter() - began,
+        "error_before": before / whole,
+        "error_after": after / whole,
+        "left": sum(every) / len(every),
+        "left_by_kind": {kind: sum(values) / len(values) for kind, values in shares.items()},
+    }
+
+
+def _moment(folder: Path, entry: dict[str, str]) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(folder / entry["file"], framework="pt") as file:
+        return file.get_tensor(entry["tensor"])
+
+
+def moment_root(h: torch.Tensor) -> torch.Tensor:
+    """L (fp32) with L LT = H, whose eigenvalues are raised to FLOOR of the largest."""
+    h = h.double()
+    h = (h + h.t()) / 2
+    largest = _largest(h)
+    if not largest > 0:
+        raise StepFailed("all inputs of a layer are zero on the calibration documents")
+    floor = FLOOR * largest
+    shifted = h.clone()
+    shifted.diagonal().sub_(floor)
+    if int(torch.linalg.cholesky_ex(shifted)[1]):  # some eigenvalue is below the floor
+        values, vectors = _below(h, floor)
+        h = h + (vectors * (floor - values)) @ vectors.t()
+    return torch.linalg.cholesky(h).float()
+
+
+def _largest(h: torch.Tensor) -> float:
+    """The largest eigenvalue of a symmetric non-negative matrix."""
+    if len(h) < 64 or h.is_cuda:
+        return float(torch.linalg.eigvalsh(h)[-1])
+    import numpy as np
+    from scipy.sparse.linalg import eigsh
+
+    start = np.ones(len(h))  # else random, from a generator that is not ours
+    return float(eigsh(h.numpy(), k=1, which="LA", v0=start, return_eigenvectors=False)[0])
+
+
+def _below(h: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The eigenvalues of a symmetric matrix that are at most `floor`, and their vectors as columns."""
+    if h.is_cuda:
+        values, vectors = torch.linalg.eigh(h)
+        return values[values <= floor], vectors[:, values <= floor]
+    from scipy.linalg import eigh
+
+    values, vectors = eigh(h.numpy(), subset_by_value=(-float("inf"), floor), check_finite=False)
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def low_rank(e: torch.Tensor, root: torch.Tensor | None, r: int, generator: torch.Generator, name: str = "") -> tuple:
+    """(U1 (r x in), U2 (out x r), (||E||_H^2, ||E - U2 U1||_H^2)) for an error e (out x in); root None: H = 1."""
+    if not bool(e.isfinite().all()):
+        raise StepFailed(f"the weights of {name or 'a layer'} are not finite")
+    seen = e if root is None else e @ root
+    vectors, found = _left_vectors(seen, r)
+    rows = vectors.t() @ e
+    norms = rows.norm(dim=1)
+    u1 = kaiming_(torch.empty(r, e.shape[1]), generator).to(e.device)
+    u2 = e.new_zeros(e.shape[0], r)
+    real = (found > 0) & (norms > 0)
+    unit = 3**-0.5
+    at = torch.nonzero(real).flatten()
+    u1[at] = rows[at] * (unit / norms[at])[:, None]
+    u2[:, at] = vectors[:, at] * (norms[at] / unit)
+    left = seen - u2 @ (u1 if root is None else u1 @ root)
+    return u1, u2, (float(seen.square().sum()), float(left.square().sum()))
+
+
+def _left_vectors(a: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first min(r, *a.shape) left singular vectors (columns) and singular values of a, largest first.
+
+    By the Gram matrix of the shorter side, in fp64: squaring loses half of the digits, and fp32 has too few for that.
+    Values that the rounding of fp32 alone explains are given as 0.
+    """
+    tall = a.shape[0] > a.shape[1]
+    wide = (a.t() if tall else a).double()
+    values, vectors = _top(wide @ wide.t(), min(r, len(wide)))
+    values = values.clamp_min(0).sqrt()
+    values[values <= 1e-6 * max(float(values.max()), 0.0)] = 0.0
+    if tall:
+        vectors = a.double() @ vectors
+        vectors = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    return vectors.to(a.dtype), values.to(a.dtype)
+
+
+def _top(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest eigenvalues of a symmetric matrix, largest first, and their vectors as columns."""
+    n = len(gram)
+    if gram.is_cuda or 4 * k > n:
+        values, vectors = torch.linalg.eigh(gram)
+        return values[-k:].flip(0), vectors[:, -k:].flip(1)
+    from scipy.linalg import eigh
+
+    values, vectors = eigh(gram.numpy(), subset_by_index=(n - k, n - 1), check_finite=False)
+    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy())

@@ -1,0 +1,66 @@
+"""What several test modules share: the command line in a process of its own, and small matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+SMOKE = REPO / "matrices/smoke.yaml"
+
+
+class Cli:
+    """`cpet-bench` in a folder of its own: runs/ and the store lie below it."""
+
+    def __init__(self, folder: Path, **env: str):
+        self.folder = folder
+        self.env = {**os.environ, "CPET_BENCH_STORE": str(folder / "store"), "HF_HUB_OFFLINE": "1", **env}
+
+    def command(self, *words: str | Path) -> list[str]:
+        return [sys.executable, "-m", "cpet_bench.cli.main", *map(str, words)]
+
+    def start(self, *words: str | Path, **more) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more}
+        return subprocess.Popen(self.command(*words), env=self.env, cwd=self.folder, **pipes)
+
+    def __call__(self, *words: str | Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*words),
+            capture_output=True,
+            text=True,
+            env={**self.env, **env},
+            cwd=self.folder,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def records(self, run: str = "smoke") -> dict[str, dict]:
+        return {p.stem: json.loads(p.read_text()) for p in sorted((self.folder / "runs" / run / "records").glob("*.json"))}
+
+    def events(self, run: str = "smoke") -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "runs" / run / "events.jsonl").read_text().splitlines()]
+
+    def matrix(self, text: str, name: str = "matrix.yaml") -> Path:
+        """A matrix file that extends the smoke matrix, unless it says what it extends."""
+        path = self.folder / name
+        path.write_text(text if "extends:" in text else f"extends: {SMOKE}\n{text}")
+        return path
+
+
+@pytest.fixture
+def cli(tmp_path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> SimpleNamespace:
+    """One undisturbed run of the smoke matrix, for everything that only reads it (or copies what it changes)."""
+    own = Cli(tmp_path_factory.mktemp("smoke"))
+    done = own("run", SMOKE)
+    return SimpleNamespace(cli=own, done=done, folder=own.folder / "runs/smoke", records=own.records())
