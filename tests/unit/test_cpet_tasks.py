@@ -226,5 +226,5 @@ def test_the_real_download(tmp_path):
         "tweets": 2512,
         "nyt_editorials": 2931,
     }
-    assert counts["movie_reviews"] == {"train": [5444, 2723], "validation": [1860, 924], "test": [1867, 950]}
+    assert counts["movie_reviews"] == {"train": [5444, 2721], "validation": [1860, 925], "test": [1867, 951]}
     assert re.fullmatch(r"Review: .+\nOverall, the sentiment of this review is", prompt) and choices == vader.LABELS

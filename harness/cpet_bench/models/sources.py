@@ -67,6 +67,7 @@ class HubSource:
             raise InputError(f"{settings.source!r} is not hf:ORG/NAME", key="source")
 
     def identity(self, settings: ModelSettings, base: Path) -> dict[str, Any]:
+        self.check(settings, base)
         return {"source": "hf", "repo": _rest(settings), "commit": self._commit(settings)}
 
     def _commit(self, settings: ModelSettings) -> str:
@@ -93,10 +94,14 @@ class HubSource:
 
         repo, commit = _rest(settings), self._commit(settings)
         progress(0, 1, f"{repo} at {commit[:8]}")
+        wanted = {"revision": commit, "allow_patterns": HUB_FILES}
         try:
-            folder = Path(snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
+            folder = Path(snapshot_download(repo, **wanted))
         except Exception as error:
-            raise StopError(f"{repo} could not be fetched from the hub: {_line(error)}") from error
+            try:  # it asks for a commit's list of files even where all of them are kept
+                folder = Path(snapshot_download(repo, **wanted, local_files_only=True))
+            except Exception:
+                raise StopError(f"{repo} could not be fetched from the hub: {_line(error)}") from error
         check_folder(folder)
         return {"path": str(folder), "commit": commit, **facts(folder)}
 
