@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -196,9 +197,13 @@ def compensation(
     shares: dict[str, list[float]] = {}
     before = after = whole = 0.0
     root = held = None
-    with torch.no_grad():
-        for done, (name, module) in enumerate(layers.items()):
-            compressed = dense_weight(module)
+    order = list(layers)
+    if moments:  # those that share an input together, so that each root is found once
+        places = {entry["tensor"]: i for i, entry in enumerate(index.values())}
+        order.sort(key=lambda name: places[index[name]["tensor"]])
+    with torch.no_grad(), _one_blas_thread():
+        for done, name in enumerate(order):
+            compressed = dense_weight(layers[name])
             w = dense_weight(original[name]).to(compressed.device)
             if moments and index[name] != held:
                 held = index[name]
@@ -221,6 +226,15 @@ def compensation(
         "left": sum(every) / len(every),
         "left_by_kind": {kind: sum(values) / len(values) for kind, values in shares.items()},
     }
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """scipy's own pool of threads and torch's wait for each other: with two cores in use measured 15 times slower than one each."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 def _moment(folder: Path, entry: dict[str, str]) -> torch.Tensor:
