@@ -17,6 +17,7 @@ from .errors import InputError
 from .evaluation.tasks import task_spec
 from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
+from .models.sources import adapter_identity
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
 
@@ -172,7 +173,8 @@ class Planner:
             **self.numeric,
         }
         if restoring.inherit and restoring.inherit.from_:
-            settings["inherit"] = restoring.inherit.from_
+            place = ("restoring", cell.axes["restoring"], "inherit", "from")
+            settings["inherit"] = self._placed(lambda: adapter_identity(restoring.inherit.from_, self.base), *place)
         if restoring.recover:
             settings["recover"] = {"r": restoring.recover.r, "scale": restoring.recover.scale, "act": restoring.recover.act}
         if restoring.distill:
@@ -191,7 +193,7 @@ class Planner:
         params: dict[str, Any] = {"checkpoint_every": train.checkpoint_every}
         if restoring.inherit:
             if restoring.inherit.from_:
-                params["base"] = str(self.base)
+                params |= {"base": str(self.base), "inherit": restoring.inherit.from_}
             else:
                 needs["inherit"] = self._tune(cell.dense)
         if restoring.recover and restoring.recover.init != "zero":

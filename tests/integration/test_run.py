@@ -1,6 +1,7 @@
 """The whole way on a tiny model: `run` from a matrix to records, page and exit code; again, interrupted, and going wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,3 +266,47 @@ def test_init_and_schema(cli):
     assert again.returncode == 2 and "there already" in again.stderr
     for what in ("matrix", "record"):
         assert json.loads(cli("schema", what).stdout)["type"] == "object"
+
+
+# -- restoring beyond the default --------------------------------------------------------------------------------------------
+def test_the_other_controls_transfer_and_an_adapter_of_the_users(smoke, cli):
+    """wider, longer, nothing trained, and D from a folder, beside each other on the pruned model."""
+    dense = smoke.records[TUNED.format("none", "vanilla")]
+    store = smoke.cli.folder / "store/objects"
+    key = dense["provenance"]["keys"]["tune"]
+    (adapter,) = (store / key[:2] / key).glob("*/adapter")
+    shutil.copytree(adapter, cli.folder / "mine")
+    matrix = cli.matrix(
+        "name: more\n"
+        "restoring:\n"
+        "  wider: {control: wider, of: cpet, inherit: true, distill: true}\n"
+        "  longer: {control: longer, of: cpet}\n"
+        "  transfer: {inherit: true, train: {steps: 0}}\n"
+        "  inherit: {inherit: true}\n"
+        "  mine: {inherit: {from: local:mine}}\n"
+        "  compensate: {inherit: true, recover: {r: 4, act: identity, init: eora, calibration: {documents: 16}}, train: {steps: 0}}\n"
+        "  svd: {inherit: true, recover: {r: 4, act: identity, init: svd}, train: {steps: 0}}\n"
+        "probes: {throughput: false}\n"
+        "include:\n  - {compression: wanda24, restoring: [none, cpet, wider, longer, transfer, inherit, mine, compensate, svd]}\n"
+    )
+    done = cli("run", matrix)
+    assert done.returncode == 0, done.stderr
+    found = {r["axes"]["restoring"]: r for r in cli.records("more").values()}
+    train = {name: r["training"] for name, r in found.items()}
+    for control in ("wider", "longer"):
+        assert train[control]["trainable_parameters"] == pytest.approx(train["cpet"]["trainable_parameters"], rel=0.01)
+    assert train["longer"]["steps"] == 24 and train["cpet"]["steps"] == 12
+    assert train["wider"]["inherited"]["steps"] == 12 and train["longer"]["inherited"] is None
+    assert train["transfer"]["steps"] == 0
+    same = ("loss", "grad_norm")
+    assert [[x[k] for k in same] for x in train["mine"]["losses"]] == [[x[k] for k in same] for x in train["inherit"]["losses"]]
+    assert found["mine"]["metrics"] == found["inherit"]["metrics"]
+    assert found["transfer"]["metrics"]["log_loss"] != found["none"]["metrics"]["log_loss"]
+    assert found["compensate"]["metrics"]["log_loss"] != found["svd"]["metrics"]["log_loss"]
+    # what D was is part of the result: another adapter in that folder trains anew
+    (cli.folder / "mine/adapter_config.json").write_text((cli.folder / "mine/adapter_config.json").read_text() + " ")
+    plan = json.loads(cli("plan", matrix, "--json").stdout)
+    assert [s["label"] for s in plan["steps"] if s["runs"] and s["kind"] == "tune"] == ["tune tiny wanda24 lora mine s0"]
+    shutil.rmtree(cli.folder / "mine")
+    wrong = cli("plan", matrix)
+    assert wrong.returncode == 2 and "no PEFT adapter" in wrong.stderr and "restoring.mine.inherit.from" in wrong.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices import cache_root
-from ..errors import InputError, StopError
+from ..errors import InputError, StepFailed, StopError
 from ..keys import digest
 from ..settings import ModelSettings
 from ..store import sha256_file
@@ -104,6 +104,35 @@ class HubSource:
                 raise StopError(f"{repo} could not be fetched from the hub: {_line(error)}") from error
         check_folder(folder)
         return {"path": str(folder), "commit": commit, **facts(folder)}
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def adapter_identity(source: str, base: Path) -> dict[str, str]:
+    """What a PEFT adapter (`local:FOLDER`, `hf:ORG/NAME`) is known by: hashes of its files, or the hub's commit."""
+    scheme, _, name = source.partition(":")
+    if scheme == "hf":
+        return {"repo": name, "commit": HubSource()._commit(ModelSettings(source=source))}
+    missing = [f for f in ADAPTER_FILES if not (base / name / f).is_file()]
+    if missing:
+        raise InputError(f"{base / name} holds no PEFT adapter: {missing[0]} is missing")
+    return {f: sha256_file(base / name / f) for f in ADAPTER_FILES}
+
+
+def fetch_adapter(source: str, base: Path, identity: dict[str, str]) -> Path:
+    """The local folder of an adapter; StepFailed where a local one is no longer what it was when the run was planned."""
+    scheme, _, name = source.partition(":")
+    if scheme != "hf":
+        if adapter_identity(source, base) != identity:
+            raise StepFailed(f"{base / name} is not what it was when the run was planned")
+        return base / name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=identity["commit"], allow_patterns=list(ADAPTER_FILES)))
+    except Exception as error:
+        raise StopError(f"{name} could not be fetched from the hub: {_line(error)}") from error
 
 
 class GgufSource:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
 from ..settings import DistillSettings, PetSettings, RecoverSettings, TrainSettings
 from .context import Context
 
@@ -93,15 +92,9 @@ def _start(ctx: Context, model) -> Path | None:
 
 
 def _user_adapter(ctx: Context) -> Path:
-    scheme, _, name = ctx.settings["inherit"].partition(":")
-    if scheme == "hf":
-        from huggingface_hub import snapshot_download
+    from ..models.sources import fetch_adapter
 
-        return Path(snapshot_download(name, allow_patterns=["adapter_config.json", "*.safetensors"]))
-    folder = Path(ctx.params["base"], name)
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json is missing).", key="restoring.inherit.from")
-    return folder
+    return fetch_adapter(ctx.params["inherit"], Path(ctx.params["base"]), ctx.settings["inherit"])
 
 
 def _train_from(ctx: Context, model, start: Path, recovery: RecoverSettings | None) -> dict:
