@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +23,8 @@ __all__ = ["load_records", "plan", "run"]
 def plan(matrix: str | Path, **options: Any) -> Prepared:
     """Read a matrix and say what running it takes.
 
-    Options as of `cpet_bench.runner.prepare`: only, store, runs, name, device. `.missing()` of what it returns are the
-    keys of the steps that would run, `.plan.steps` all of them, `.seconds` their estimates. Raises InputError.
+    Options as of `cpet_bench.runner.prepare`: only, store, runs, name, device, sample, budget. `.missing()` of what it
+    returns are the keys of the steps that would run, `.plan.steps` all of them, `.seconds` their estimates. Raises InputError.
     """
     from .runner import prepare
 
@@ -44,3 +46,14 @@ def load_records(path: str | Path) -> pandas.DataFrame:
     from .records import load_records as load
 
     return load(path)
+
+
+class _Package(ModuleType):
+    """Keeps the functions above: importing the submodule of the same name would put itself in the place of `plan`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

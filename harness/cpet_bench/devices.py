@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,25 +86,75 @@ def facts() -> dict[str, Any]:
     return found
 
 
-def resolve(settings: DeviceSettings) -> dict[str, Any]:
-    """The machine a plan is made for: device(s), name, dtype, attention, threads, and the batch plan's size."""
-    found = facts()["devices"]
-    wanted = list(settings.devices)
-    if wanted == ["auto"]:
+def workers(wanted: list[str], found: Mapping[str, Any]) -> list[str]:
+    """One name per worker for what a matrix or `--devices` asks for.
+
+    `auto`: every GPU, else the processor. `cpu:N`: N workers that share the processor. `cuda:0+cuda:1`: one worker that owns
+    both, for a model too large for one. InputError for what is not there, twice, or of two kinds (their numbers differ).
+    """
+
+    def wrong(message: str, given: str) -> InputError:
+        return InputError(message, key="device.devices", given=given, allowed=[*found, "auto", "cpu:N"])
+
+    if list(wanted) == ["auto"]:
         wanted = [d for d in found if d != "cpu"] or ["cpu"]
-    for device in wanted:
-        if device not in found:
-            raise InputError(f"There is no device {device!r} here.", key="device.devices", given=device, allowed=found)
-    first = found[wanted[0]]
+    names: list[str] = []
+    for word in wanted:
+        share = re.fullmatch(r"cpu:([1-9]\d{0,3})", word)
+        if share and len(wanted) == 1:
+            return ["cpu"] if share[1] == "1" else [f"cpu:{i}" for i in range(int(share[1]))]
+        if kind(word) == "cpu" and len(wanted) > 1:
+            raise wrong("The processor stands alone (cpu, or cpu:N for N workers): speeds of two kinds do not compare.", word)
+        for part in word.split("+"):
+            if part not in found or (part == "cpu" and part != word):
+                raise wrong(f"There is no device {part!r} here.", part)
+            if any(part in owns(name) for name in names) or word.split("+").count(part) > 1:
+                raise wrong(f"{part} is named twice.", part)
+        names.append(word)
+    if not names:
+        raise wrong("No device is named.", "")
+    return names
+
+
+def kind(worker: str) -> str:
+    """`cpu` or `cuda`: the kind of device of a worker."""
+    return worker.partition(":")[0]
+
+
+def owns(worker: str) -> list[str]:
+    """torch's names of the devices of a worker: cpu for `cpu:1`, both for `cuda:0+cuda:1`."""
+    return ["cpu"] if kind(worker) == "cpu" else worker.split("+")
+
+
+def shares(worker: str) -> str:
+    """What a worker has to itself but for others of the same name here: the processor, or its own GPUs."""
+    return "cpu" if kind(worker) == "cpu" else worker
+
+
+def of_worker(machine: dict[str, Any], worker: str) -> dict[str, Any]:
+    """`machine` as one worker sees it: `device` is torch's name, `owns` all that it has."""
+    return {**machine, "device": owns(worker)[0], "owns": owns(worker), "worker": worker}
+
+
+def resolve(settings: DeviceSettings) -> dict[str, Any]:
+    """The machine a plan is made for: workers, kind of device, name, dtype, attention, threads, and the batch plan's size.
+
+    `threads` are those of one worker; on a processor that several share, its own or the settings' are divided.
+    """
+    found = facts()["devices"]
+    names = workers(settings.devices, found)
+    cpu = kind(names[0]) == "cpu"
+    first = found[owns(names[0])[0]]
     dtype = first["dtype"] if settings.dtype == "auto" else settings.dtype
+    threads = settings.threads or (os.cpu_count() if cpu else None)
     return {
-        "devices": wanted,
-        "device": wanted[0].split(":")[0],
+        "devices": names,
+        "device": kind(names[0]),
         "name": first["name"],
         "dtype": dtype,
         "attention": settings.attention,
         "tf32": settings.tf32,
-        "threads": settings.threads or (os.cpu_count() if wanted[0] == "cpu" else None),
+        "threads": max(1, threads // len(names)) if threads and cpu else threads,
         "tokens_per_batch": settings.tokens_per_batch,
         "deterministic": settings.deterministic,
     }

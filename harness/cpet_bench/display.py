@@ -19,40 +19,69 @@ def clock(seconds: float) -> str:
 
 
 class State:
-    """What a display shows, folded out of events."""
+    """What a display shows, folded out of events alone: a run's log, read again, gives the same."""
 
     def __init__(self):
         self.total = self.done = self.failed = self.cells = self.cells_done = 0
-        self.estimate = self.spent = 0.0
-        self.started = time.monotonic()
+        self.estimate = self.spent = self.started = self.ended = 0.0
+        self.devices: dict[str, int] = {}  # worker → most memory a step of it took, in bytes
         self.running: dict[str, dict[str, Any]] = {}
         self.estimates: dict[str, float] = {}
+        self.failures: list[str] = []
 
     def take(self, row: dict[str, Any]) -> None:
         event = row["event"]
-        if event == "run":
-            self.total, self.cells, self.estimate = row["missing"], row["cells"], row["estimate"]
+        if event == "run":  # a log may hold several, one after another
+            self.__init__()
+            self.total, self.cells, self.cells_done = row["missing"], row["cells"], row["recorded"]
+            self.estimate, self.started = row["estimate"], row["time"]
+            self.devices = dict.fromkeys(row["machine"]["devices"], 0)
         elif event == "start":
             self.estimates[row["key"]] = row["estimate"]
-            self.running[row["device"]] = {**row, "done": 0, "total": 0, "text": "", "since": time.monotonic()}
+            self.running[row["device"]] = {**row, "done": 0, "total": 0, "text": "", "memory": 0}
         elif event == "progress" and row["device"] in self.running:
-            self.running[row["device"]] |= {k: row[k] for k in ("done", "total", "text")}
-        elif event in ("done", "failed"):
-            self.done += event == "done"
-            self.failed += event == "failed"
-            self.spent += self.estimates.get(row["key"], 0.0)
-            self.running = {d: r for d, r in self.running.items() if r["key"] != row["key"]}
-        elif event == "worker-died":
-            self.running.pop(row["device"], None)
+            self.running[row["device"]] |= {k: row[k] for k in ("done", "total", "text", "memory")}
+        elif event in ("done", "found"):
+            self.done += 1
+            self.spent += row["estimate"]
+            self._rests(row["key"])
+            if event == "done":
+                self.devices[row["device"]] = max(self.devices.get(row["device"], 0), row["peak"])
+        elif event == "failed":
+            self.failed += row["lost"]
+            self.spent += row["estimate"]
+            self._rests(row["key"])
+            if row["status"] != "unsupported":
+                self.failures.append(f"{row['label']}: {row['message']}")
+        elif event == "damaged":
+            if row["again"]:
+                self.total += 1
+                self.estimate += row["estimate"]
+            self._rests(row["user"])
+        elif event in ("worker-died", "back"):
+            self._rests(row["key"])
         elif event == "cell":
             self.cells_done += row["status"] != "pending"
+        elif event == "end":
+            self.ended = row["time"]
 
-    def left(self) -> float:
-        """Seconds still to go, by the estimates scaled to how the finished steps went."""
-        elapsed = time.monotonic() - self.started
-        inner = sum(min(self.estimates.get(r["key"], 0.0), time.monotonic() - r["since"]) for r in self.running.values())
-        scale = elapsed / (self.spent + inner) if self.spent > 5 else 1.0
-        return max(0.0, self.estimate - self.spent - inner) * min(max(scale, 0.2), 5.0)
+    def _rests(self, key: str) -> None:
+        self.running = {device: row for device, row in self.running.items() if row["key"] != key}
+
+    @property
+    def waiting(self) -> int:
+        return self.total - self.done - self.failed - len(self.running)
+
+    def elapsed(self, now: float) -> float:
+        """Seconds since the run began; `now` as the events' `time`."""
+        return max(0.0, (self.ended or now) - self.started)
+
+    def left(self, now: float) -> float:
+        """Seconds still to go at `now`: by the estimates, at the rate at which they were worked off so far."""
+        inner = sum(min(r["estimate"], max(0.0, now - r["time"])) for r in self.running.values())
+        workers = max(1, len(self.devices))
+        rate = (self.spent + inner) / max(self.elapsed(now), 1e-3) if self.spent > 5 else workers
+        return max(0.0, self.estimate - self.spent - inner) / min(max(rate, workers / 5), workers * 5)
 
 
 class Plain:
@@ -71,6 +100,29 @@ class Plain:
         pass
 
 
+def lines(s: State, now: float) -> list[str]:
+    """A line for each worker and one for the whole, as of `now`."""
+    found = []
+    for device, most in s.devices.items():
+        row = s.running.get(device)
+        if row is None:
+            found.append(f"  {device:<8} idle")
+            continue
+        parts = [f"{row['done']}/{row['total']}" if row["total"] else "", row["text"]]
+        parts.append(f"{clock(max(0.0, now - row['time']))} of about {clock(row['estimate'])}")
+        memory = row["memory"] or most
+        parts.append(f"{memory / 2**30:.1f} GiB" if memory else "")
+        found.append(f"  {device:<8} {row['label']}  {'  '.join(p for p in parts if p)}")
+    failed = f", {s.failed} failed" if s.failed else ""
+    memory = psutil.virtual_memory()
+    used = f"{(memory.total - memory.available) / 2**30:.1f} of {memory.total / 2**30:.0f} GiB"
+    found.append(
+        f"  steps {s.done} done{failed}, {len(s.running)} running, {s.waiting} waiting · cells {s.cells_done}/{s.cells}"
+        f" · {clock(s.elapsed(now))} so far, about {clock(s.left(now))} left · memory {used}"
+    )
+    return found
+
+
 class Live:
     """A display that redraws itself: finished steps scroll by, running ones stay at the bottom."""
 
@@ -86,20 +138,7 @@ class Live:
     def draw(self):
         from rich.text import Text
 
-        s, lines = self.state, []
-        for device, row in s.running.items():
-            share = f"{row['done']}/{row['total']}" if row["total"] else ""
-            took = clock(time.monotonic() - row["since"])
-            lines.append(f"  {device:<8} {row['label']}  {share} {row['text']}  {took} of about {clock(row['estimate'])}")
-        waiting = s.total - s.done - s.failed - len(s.running)
-        failed = f", {s.failed} failed" if s.failed else ""
-        memory = psutil.virtual_memory()
-        used = f"{(memory.total - memory.available) / 2**30:.1f} of {memory.total / 2**30:.0f} GiB"
-        lines.append(
-            f"  steps {s.done} done{failed}, {len(s.running)} running, {waiting} waiting · cells {s.cells_done}/{s.cells}"
-            f" · {clock(time.monotonic() - s.started)} so far, about {clock(s.left())} left · memory {used}"
-        )
-        return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        return Text("\n".join(lines(self.state, time.time())), no_wrap=True, overflow="ellipsis")
 
     def __call__(self, row: dict[str, Any]) -> None:
         self.state.take(row)
@@ -118,12 +157,15 @@ def describe(row: dict[str, Any], state: State) -> str | None:
         if not row["missing"]:
             return f"{row['cells']} cells, {row['steps']} steps: everything is in the store"
         m = row["machine"]
+        out = f", {row['left_out']} cells left for later" if row["left_out"] else ""
         return (
-            f"{row['cells']} cells, {row['steps']} steps, {row['missing']} to run, about {clock(row['estimate'])}"
-            f" on {', '.join(m['devices'])} in {m['dtype']}"
+            f"{row['cells']} cells, {row['steps']} steps, {row['missing']} to run, about {clock(row['needed'])}"
+            f" on {', '.join(m['devices'])} in {m['dtype']}{out}"
         )
     if event == "done":
         return f"[{state.done + state.failed}/{state.total}] {row['label']}  {clock(row['seconds'])}"
+    if event == "found":
+        return f"[{state.done + state.failed}/{state.total}] {row['label']}  made by another run"
     if event == "failed":
         word = "unsupported" if row["status"] == "unsupported" else "FAILED"
         return f"[{state.done + state.failed}/{state.total}] {word}: {row['label']}: {row['message']}"
@@ -132,7 +174,7 @@ def describe(row: dict[str, Any], state: State) -> str | None:
     if event == "worker-died":
         return f"The worker on {row['device']} ended (status {row['code']}) during: {row['label']}"
     if event == "damaged":
-        return f"Damaged in the store, made again: {row['why']}"
+        return f"Damaged in the store{', made again' if row['again'] else ''}: {row['why']}"
     if event == "waiting":
         return f"Waiting: {row['label']} ({row['why']})"
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .events import append
 from .steps import Step
 from .store import Store
 
@@ -46,6 +47,7 @@ class Estimates:
     def __init__(self, store: Store):
         self.path = Path(store.scratch_root).parent / "history.jsonl"
         self.seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._scales: dict[str, float] = {}
         try:
             lines = self.path.read_text().splitlines()[-5000:]
         except OSError:
@@ -61,9 +63,10 @@ class Estimates:
     def learn(self, step: Step, seconds: float, peak: int, size: int) -> None:
         row = {"trait": trait(step), "kind": step.kind, "work": step.work, "seconds": seconds, "peak": peak, "bytes": size}
         self.seen[row["trait"]].append(row)
+        self._scales.clear()
         try:
-            with self.path.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+            with self.path.open("a+b", buffering=0) as f:
+                append(f, json.dumps(row), "history")
         except OSError:
             pass  # an estimate is a convenience; a full disk is reported by the step that needs it
 
@@ -73,8 +76,12 @@ class Estimates:
     def seconds(self, step: Step) -> float:
         """Seconds on one worker: the prior's share of fixed and proportional cost, scaled to what was seen."""
         fixed, each = PRIOR.get(step.kind, (5.0, 0.0))
-        rows = self._rows(step)
-        scale = median(r["seconds"] / (fixed + each * r["work"]) for r in rows) if rows else 1.0
+        own = trait(step)
+        scale = self._scales.get(own)
+        if scale is None:
+            rows = self._rows(step)
+            scale = median(r["seconds"] / (fixed + each * r["work"]) for r in rows) if rows else 1.0
+            self._scales[own] = scale
         return scale * (fixed + each * step.work)
 
     def memory(self, step: Step) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import StopError
+from .failpoints import failpoint
 from .keys import plain, version
 from .plan import Plan
 from .recording import PACKAGES
@@ -27,13 +29,15 @@ def start_folder(ready) -> None:
 
 
 def finish_folder(ready, seconds: float) -> None:
+    from .results import files, standalone
+
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     old = read_json(ready.folder / "run.json") or {}
     body = {
         "schema": 1,
         "name": ready.folder.name,
         "matrix": plain(ready.matrix),
-        "matrix_text": ready.matrix.path.read_text(),
+        **standalone.keep(ready.matrix, ready.plan.steps.values(), ready.folder),
         "created": old.get("created", now),
         "finished": now,
         "seconds": round(old.get("seconds", 0.0) + seconds, 1),
@@ -44,6 +48,31 @@ def finish_folder(ready, seconds: float) -> None:
     }
     write_json(ready.folder / "run.json", body)
     write_json(ready.folder / "plan.json", snapshot(ready.plan))
+    files.write_manifest(ready.folder)
+
+
+def unfinish(folder: Path) -> None:
+    """Take the manifest away before anything it lists changes: a run that is killed then is not taken for whole."""
+    try:
+        (folder / "manifest.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise StopError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+
+
+def drop_outcomes(folder: Path, cell_id: str) -> None:
+    """Outcomes of a cell that is no longer done."""
+    try:
+        (folder / "outcomes" / f"{cell_id}.parquet").unlink(missing_ok=True)
+    except OSError as error:
+        raise StopError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+
+
+def is_finished(ready) -> bool:
+    """Whether the folder already says all about these cells: run.json names them, the manifest lists just what is there."""
+    from .results import files
+
+    info = read_json(ready.folder / "run.json") or {}
+    return info.get("cells") == [cell.id for cell in ready.plan.cells] and files.is_current(ready.folder)
 
 
 def snapshot(plan: Plan) -> dict[str, Any]:
@@ -70,10 +99,16 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, body: Any) -> None:
     """Write a JSON document whole: a kill leaves the old one or the new one. StopError where the disk will not."""
+    what = "record" if path.parent.name == "records" else path.stem
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # two runs may write here at once
     try:
+        failpoint(f"{what}.before")
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".new")
         fresh.write_text(json.dumps(body, indent=1, default=str, allow_nan=False) + "\n")
+        failpoint(f"{what}.written", path=fresh)
         os.replace(fresh, path)
     except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
         raise StopError(f"Cannot write {path}: {error.strerror or error}.") from error
+    failpoint(f"{what}.after")

@@ -12,6 +12,7 @@ from .errors import InputError
 from .matrix_files import merged
 from .settings import (
     DeviceSettings,
+    LimitSettings,
     ModelSettings,
     PetSettings,
     ProbeSettings,
@@ -25,7 +26,13 @@ from .validation import Reader
 from .yamlpos import Document, Path_
 
 AXES = ("model", "compression", "pet", "restoring", "task", "seed")
-PARTS = {"train": TrainSettings, "prompt": PromptSettings, "probes": ProbeSettings, "device": DeviceSettings}
+PARTS = {
+    "train": TrainSettings,
+    "prompt": PromptSettings,
+    "probes": ProbeSettings,
+    "device": DeviceSettings,
+    "limits": LimitSettings,
+}
 Rule = dict[str, list[str]]
 
 
@@ -51,6 +58,7 @@ class Matrix(Settings):
     prompt: PromptSettings = PromptSettings()
     probes: ProbeSettings = ProbeSettings()
     device: DeviceSettings = DeviceSettings()
+    limits: LimitSettings = LimitSettings()
     allow_code: bool = False
     include: tuple[Rule, ...] = ()
     exclude: tuple[Rule, ...] = ()
@@ -75,6 +83,11 @@ class Matrix(Settings):
     def nothing(self) -> dict[str, str]:
         """By axis, the name this matrix has for no compression, no PET, and nothing restored."""
         return self._nothing
+
+    @property
+    def document(self) -> Document:
+        """What the file says, with what it extends merged in."""
+        return self._document
 
     def locate(self, *path: str | int) -> tuple[Path | None, int | None]:
         """File and line of a key, or of the nearest thing around it."""

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell, cell_id
+from .errors import StopError
+from .failpoints import failpoint
 from .keys import plain, version
 from .plan import Plan
-from .store import Manifest, Store
+from .store import Manifest, Store, sha256_file
 
 PACKAGES = ("torch", "transformers", "peft", "lm-eval", "datasets", "bitsandbytes", "accelerate", "cpet-bench")
 
@@ -99,8 +101,10 @@ class Recorder:
             },
         }
 
-    def pending(self, cell: Cell) -> dict[str, Any]:
-        return {**self._base(cell), "status": "pending", "reason": None, **_EMPTY, "costs": self._costs(cell, {})}
+    def pending(self, cell: Cell, why: str | None = None) -> dict[str, Any]:
+        """A cell that this run did not come to; `why` it was left out on purpose."""
+        reason = {"type": "LeftOut", "message": why, "step": "", "log": ""} if why else None
+        return {**self._base(cell), "status": "pending", "reason": reason, **_EMPTY, "costs": self._costs(cell, {})}
 
     def failed(self, cell: Cell, status: str, reason: dict[str, Any]) -> dict[str, Any]:
         """A cell that a step kept from its end; `status` is failed or unsupported."""
@@ -131,6 +135,7 @@ class Recorder:
             "costs": self._costs(cell, found),
             "simulated": simulated,
         }
+        record["provenance"]["device"]["attention_used"] = found["responses"].facts.get("attention")
         return record
 
     def _chain(self, cell: Cell) -> list[Manifest]:
@@ -188,14 +193,25 @@ class Recorder:
         }
 
     def outcomes(self, cell: Cell) -> None:
-        """Copy the outcomes by document beside the record."""
+        """Copy the outcomes by document beside the record. Damaged where the store's are, StopError for the disk."""
         key = self.plan.roles[cell.id]["metrics"]
         manifest = self.store.manifest(key)
         target = self.folder / "outcomes" / f"{cell.id}.parquet"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        wanted = manifest.files["outcomes.parquet"]["bytes"]
-        if not target.exists() or target.stat().st_size != wanted:
-            shutil.copyfile(self.store.materialise(key) / "outcomes.parquet", target)
+        wanted = manifest.files["outcomes.parquet"]
+        if target.exists() and target.stat().st_size == wanted["bytes"] and sha256_file(target) == wanted["sha256"]:
+            return
+        source = self.store.materialise(key) / "outcomes.parquet"
+        fresh = target.with_name(f"{target.name}.{os.getpid()}.new")
+        try:
+            failpoint("outcomes.before")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, fresh)
+            failpoint("outcomes.written", path=fresh)
+            os.replace(fresh, target)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            raise StopError(f"Cannot write {target}: {error.strerror or error}.") from error
+        failpoint("outcomes.after")
 
 
 _EMPTY: dict[str, Any] = {

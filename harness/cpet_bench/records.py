@@ -143,7 +143,7 @@ def run_folders(path: str | Path) -> list[Path]:
         raise InputError(f"there is no folder {path}", given=path.name, allowed=near)
     if (path / "records").is_dir():
         return [path]
-    found = sorted(p.parent for p in path.glob("*/records") if p.is_dir())
+    found = sorted(p.parent for p in path.glob("[!.]*/records") if p.is_dir())
     if not found:
         raise InputError(f"{path} holds no run (a folder with records/)")
     return found

@@ -6,9 +6,22 @@ learning rates are per optimiser step.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_UNITS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1, "": 1}
+
+
+def seconds_of(value: Any) -> float:
+    """Seconds that `90`, `45s`, `30min`, `2h`, `1h30min` or `1d` name. ValueError where it is no such time, or none at all."""
+    text = str(value).replace(" ", "").lower()[:40]
+    parts = re.findall(r"(\d+(?:\.\d+)?)(d|h|min|m|s|)", text)
+    found = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if "".join(n + unit for n, unit in parts) != text or not 0 < found <= 31_536_000:
+        raise ValueError(f"{text!r} is no time; write one as 90s, 30min, 2h or 1h30min")
+    return found
 
 
 class Settings(BaseModel):
@@ -265,8 +278,39 @@ class ProbeSettings(Settings):
     memory: bool = True
 
 
+Time = Annotated[float, BeforeValidator(seconds_of, json_schema_input_type=float | str)]
+
+
+class LimitSettings(Settings):
+    """How long a step of each kind may take (`2h`, `30min`, `90s`, or seconds) before it is ended and counts as failed.
+
+    None: twenty times its estimate, at least ten minutes.
+    """
+
+    model: Time | None = None
+    compress: Time | None = None
+    pairs: Time | None = None
+    requests: Time | None = None
+    teacher: Time | None = None
+    moments: Time | None = None
+    compensation: Time | None = None
+    tune: Time | None = None
+    responses: Time | None = None
+    metrics: Time | None = None
+    probe: Time | None = None
+
+    def of(self, kind: str, estimate: float) -> float:
+        """Seconds that a step of `kind` may take."""
+        return getattr(self, kind, None) or max(600.0, 20 * estimate)
+
+
 class DeviceSettings(Settings):
-    """Where and how models run. dtype auto: bfloat16 where a one-second matmul test finds it faster, else float32."""
+    """Where and how models run. dtype auto: bfloat16 where a one-second matmul test finds it faster, else float32.
+
+    devices: auto (every GPU, else the processor), cpu, cpu:N (N workers that share the processor's threads), cuda:0, or
+        cuda:0+cuda:1 (one worker that owns both, for a model too large for one); a worker for each.
+    threads: of the processor, all workers together (None: all that it has).
+    """
 
     devices: list[str] = ["auto"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -14,16 +14,21 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 
+from .devices import cache_root
 from .errors import CpetError, StopError
+from .failpoints import failpoint
 from .keys import digest
 
-SCHEMA = 1
+SCHEMA = 2
+_HEAD, _HASH = b'{"manifest": ', b',\n"sha256": "'
 
 
 class Damaged(CpetError):
@@ -63,6 +68,21 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def render(body: dict[str, Any]) -> bytes:
+    """A manifest as JSON with the SHA-256 of its own bytes, so that no bit of the file can change unnoticed."""
+    text = json.dumps(body, indent=1).encode()
+    return _HEAD + text + _HASH + hashlib.sha256(text).hexdigest().encode() + b'"}\n'
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """What `render` wrote; ValueError where a byte of it is not as written."""
+    text, _, rest = raw.rpartition(_HASH)
+    text = text[len(_HEAD) :]
+    if raw != _HEAD + text + _HASH + rest or rest != hashlib.sha256(text).hexdigest().encode() + b'"}\n':
+        raise ValueError("the manifest is not as it was written")
+    return json.loads(text)
+
+
 class Store:
     """Artifacts by key. `root` is a path or an fsspec URL; `scratch` a local folder for what is unfinished."""
 
@@ -70,11 +90,12 @@ class Store:
         self.url = root or default_root()
         self.fs, self.root = fsspec.core.url_to_fs(self.url)
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
-        base = Path(self.root) if self.local else Path(default_root()).parent / "remote" / digest(self.url)
+        base = Path(self.root) if self.local else cache_root() / "remote" / digest(self.url)
         self.scratch_root = scratch or base / "scratch"
         self.mirror = None if self.local else base / "mirror"
         self._verified: set[tuple[str, str]] = set()
         self._manifests: dict[str, Manifest] = {}
+        self.broken: set[str] = set()  # keys whose manifest was met and is not as it was written
 
     # -- reading -------------------------------------------------------------------------------------------------
     def _path(self, *parts: str) -> str:
@@ -89,15 +110,19 @@ class Store:
             return self._manifests[key]
         try:
             path = self._object(key) + "/manifest.json"
-            raw = json.loads(Path(path).read_bytes() if self.local else self.fs.cat_file(path))
-            body = raw["manifest"]
-            if raw["sha256"] != digest(body) or body.pop("schema") != SCHEMA:
-                return None
-            found = Manifest(**body)
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, UnicodeDecodeError):
+            raw = Path(path).read_bytes() if self.local else self.fs.cat_file(path)
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise StopError(f"The store at {self.url} cannot be read: {error}.") from error
+        try:
+            body = parse(raw)
+            if body.pop("schema") != SCHEMA:
+                return None
+            found = Manifest(**body)
+        except (ValueError, KeyError, TypeError):
+            self.broken.add(key)
+            return None
         self._manifests[key] = found
         return found
 
@@ -117,7 +142,7 @@ class Store:
         """What is wrong with the artifact's files (missing, other size, other hash); empty where all is well."""
         manifest = self.manifest(key)
         if manifest is None:
-            return ["manifest.json: missing or damaged"]
+            return ["manifest.json: its content changed" if key in self.broken else "manifest.json: missing"]
         found = []
         for name, wanted in manifest.files.items():
             path = f"{self._object(key)}/{manifest.folder}/{name}"
@@ -130,6 +155,10 @@ class Store:
                         found.append(f"{name}: its content changed")
             except FileNotFoundError:
                 found.append(f"{name}: missing")
+            except OSError as error:
+                if not self.local:  # the network, most likely: it says nothing about the file
+                    raise StopError(f"The store at {self.url} cannot be read: {error}.") from error
+                found.append(f"{name}: cannot be read ({error.strerror or error})")
         return found
 
     def materialise(self, key: str, verify: bool = True) -> Path:
@@ -171,40 +200,59 @@ class Store:
             raise StopError(f"Cannot write to {folder}: {error.strerror or error}.") from error
         return folder
 
+    def out(self, key: str) -> Path:
+        """A new empty folder in `key`'s scratch for the files of one attempt; what dead attempts left there is removed.
+
+        Each attempt has its own: a run that slept through its lease must not write into what another one commits."""
+        folder = self.scratch(key)
+        for old in folder.glob("out-*"):
+            pid = old.name.split("-")[1]
+            if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+                shutil.rmtree(old, ignore_errors=True)
+        try:
+            (out := folder / f"out-{os.getpid()}-{uuid.uuid4().hex[:8]}").mkdir()
+        except OSError as error:
+            raise StopError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+        return out
+
     def commit(self, key: str, kind: str, out: Path, *, facts: dict, costs: dict, made: dict) -> Manifest:
         """Keep the files of `out` under `key`; the manifest is written last. StopError where the disk will not."""
         folder = uuid.uuid4().hex[:12]
         files = {}
         try:
+            failpoint("store.files.before", of=kind)
             for path in sorted(p for p in out.rglob("*") if p.is_file() and not p.is_symlink()):
                 name = path.relative_to(out).as_posix()
                 files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
                 self._put(path, f"{self._object(key)}/{folder}/{name}")
-            body = {
-                "schema": SCHEMA,
-                "key": key,
-                "kind": kind,
-                "folder": folder,
-                "files": files,
-                "facts": facts,
-                "costs": costs,
-                "made": made,
-                "created": time.time(),
-            }
-            body = json.loads(json.dumps(body, allow_nan=False, default=str))
-            text = json.dumps({"manifest": body, "sha256": digest(body)}, indent=1)
-            self._write(self._object(key) + "/manifest.json", text.encode())
+                failpoint("store.files.written", of=kind, path=f"{self._object(key)}/{folder}/{name}")
         except OSError as error:
+            with suppress(OSError):  # what is half there would only fill the disk
+                self.fs.rm(f"{self._object(key)}/{folder}", recursive=True)
             raise StopError(f"The store at {self.url} cannot be written: {error.strerror or error}.") from error
+        body = {
+            "schema": SCHEMA,
+            "key": key,
+            "kind": kind,
+            "folder": folder,
+            "files": files,
+            "facts": facts,
+            "costs": costs,
+            "made": made,
+            "created": time.time(),
+        }
+        body = json.loads(json.dumps(body, allow_nan=False, default=str))
+        self._write(self._object(key) + "/manifest.json", render(body), "store.manifest", kind)
         shutil.rmtree(self.scratch_root / key, ignore_errors=True)
         body.pop("schema")
+        self.broken.discard(key)
         self._manifests[key] = Manifest(**body)
         self._verified.add((key, folder))
         return self._manifests[key]
 
     def _put(self, path: Path, target: str) -> None:
         if not self.local:
-            self.fs.put_file(str(path), target)
+            self._with_folder(target, lambda: self.fs.put_file(str(path), target))
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -214,20 +262,40 @@ class Store:
         with open(target, "rb") as f:
             os.fsync(f.fileno())
 
-    def _write(self, target: str, data: bytes) -> None:
-        if not self.local:
-            self.fs.pipe_file(target, data)
-            return
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+    def _with_folder(self, target: str, write) -> None:
+        """Object stores have no folders; file systems (sftp, smb, ...) want them made first."""
+        try:
+            write()
+        except FileNotFoundError:
+            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            write()
+
+    def _write(self, target: str, data: bytes, what: str = "store.other", of: str = "") -> None:
+        """Write a small file whole (object stores do, a local disk by renaming). StopError where the disk will not."""
+        fresh = f"{target}.{os.getpid()}.new"
+        try:
+            failpoint(f"{what}.before", of=of)
+            if self.local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                with open(fresh, "wb") as f:
+                    f.write(data)
+                    f.flush()
+                    os.fsync(f.fileno())
+                failpoint(f"{what}.written", of=of, path=fresh)
+                os.replace(fresh, target)
+            else:
+                self._with_folder(target, lambda: self.fs.pipe_file(target, data))
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(fresh)
+            raise StopError(f"The store at {self.url} cannot be written: {error.strerror or error}.") from error
+        failpoint(f"{what}.after", of=of)
 
     # -- keeping house -------------------------------------------------------------------------------------------
     def drop(self, key: str) -> None:
         """Remove an artifact: the manifest first, so that a half-removed one is never taken for whole."""
         self._manifests.pop(key, None)
+        self.broken.discard(key)
         try:
             path = self._object(key)
             if self.fs.exists(path + "/manifest.json"):
@@ -238,6 +306,30 @@ class Store:
             raise StopError(f"The store at {self.url} cannot be written: {error.strerror or error}.") from error
         if self.mirror:
             shutil.rmtree(self.mirror / key, ignore_errors=True)
+
+    def leftovers(self, key: str) -> list[str]:
+        """Paths in `key`'s folder that its manifest does not name: what commits that were killed left there."""
+        manifest = self.manifest(key)
+        named = {"manifest.json", manifest.folder} if manifest else set()
+        try:
+            return [p for p in self.fs.ls(self._object(key), detail=False) if p.rstrip("/").rsplit("/", 1)[-1] not in named]
+        except FileNotFoundError:
+            return []
+
+    def sweep(self, key: str) -> None:
+        """Remove `key`'s leftovers."""
+        for path in self.leftovers(key):
+            with suppress(FileNotFoundError):
+                self.fs.rm(path, recursive=True)
+        if self.local and not self.has(key):
+            with suppress(OSError):
+                os.rmdir(self._object(key))
+
+    def tidy(self) -> None:
+        """Remove scratch of artifacts that are whole: of runs that were killed between the two."""
+        for folder in self.scratch_root.glob("*"):
+            if self.has(folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _touch(self, key: str) -> None:
         if self.local:
@@ -261,11 +353,14 @@ class Store:
         if pinned:
             self._write(path, b"")
         elif self.fs.exists(path):
-            self.fs.rm_file(path)
+            try:
+                self.fs.rm_file(path)
+            except OSError as error:
+                raise StopError(f"The store at {self.url} cannot be written: {error.strerror or error}.") from error
 
     def pins(self) -> set[str]:
         try:
-            return {p.rsplit("/", 1)[-1] for p in self.fs.ls(self._path("pins"), detail=False)}
+            return {n for p in self.fs.ls(self._path("pins"), detail=False) if "." not in (n := p.rsplit("/", 1)[-1])}
         except FileNotFoundError:
             return set()
 

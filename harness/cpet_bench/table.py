@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .display import clock
+from .machines import labels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,8 @@ def print_table(records: list[dict[str, Any]], console: Console | None = None) -
     A row: the other axes, primary metric with its interval, AUROC and log-loss of the labels, trainable parameters, bytes
     stored (model and adapter), prefill and decode in tokens/s (`sim.` where the compression only simulates speed), seconds
     over all its steps, status. Compressions keep the matrix's order; inside one, worse cells come before better ones and
-    those without a value last. The reason of each failed or unsupported cell stands under its block. What a narrow terminal
+    those without a value last. Where the records are of several machines a column says which: speeds of different ones cannot
+    be compared. The reason of each failed or unsupported cell stands under its block. What a narrow terminal
     has no room for is left out, column by column, and named.
     """
     from rich.console import Console
@@ -30,20 +32,22 @@ def print_table(records: list[dict[str, Any]], console: Console | None = None) -
         console = Console()
         if not console.is_terminal:
             console = Console(width=WIDE)
+    of = dict(zip(map(id, records), labels(records), strict=True))
+    machines = of if len(set(of.values())) > 1 else {}
     blocks: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         blocks.setdefault(tuple(record["axes"].get(axis) for axis in BLOCK), []).append(record)
     for names, block in blocks.items():
         title, out = " · ".join(str(n) for n in names), 0
-        while _table(title, block, LEFT_OUT[:out]).__rich_measure__(console, console.options).maximum > console.width:
+        while _table(title, block, machines, LEFT_OUT[:out]).__rich_measure__(console, console.options).maximum > console.width:
             if out == len(LEFT_OUT):
                 break
             out += 1
-        console.print(_table(title, block, LEFT_OUT[:out]))
+        console.print(_table(title, block, machines, LEFT_OUT[:out]))
         if out:
             console.print(f"  no room here for: {', '.join(LEFT_OUT[:out])}", style="dim", highlight=False)
         for record in block:
-            if record["reason"]:
+            if record["reason"] and record["status"] != "pending":
                 reason, step = record["reason"], record["reason"]["step"]
                 line = f"  {_cell_name(record)}: {record['status']} at {step}: {reason['message']}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -63,7 +67,7 @@ def ladder(block: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(block, key=place)
 
 
-def _table(title: str, block: list[dict[str, Any]], left_out: tuple[str, ...] = ()):
+def _table(title: str, block: list[dict[str, Any]], machines: dict[int, str], left_out: tuple[str, ...] = ()):
     from rich.markup import escape
     from rich.table import Table
 
@@ -77,6 +81,8 @@ def _table(title: str, block: list[dict[str, Any]], left_out: tuple[str, ...] = 
         table.add_column(escape(axis), no_wrap=True)
     main = f"{primaries[0] if len(primaries) == 1 else 'metric'} (95 %)"
     names = [main, *beside, "trainable", "stored", "prefill/s", "decode/s", "time"]
+    if machines:
+        table.add_column("device")
     for name in names:
         if name not in left_out:
             table.add_column(escape(name), justify="right", no_wrap=True)
@@ -89,6 +95,7 @@ def _table(title: str, block: list[dict[str, Any]], left_out: tuple[str, ...] = 
         numbers += [_short((record["training"] or {}).get("trainable_parameters")), _short(_probe(record, "disk"), "B")]
         numbers += [_speed(record, "prefill"), _speed(record, "decode"), clock(record["costs"]["seconds"])]
         cells = [str(record["axes"].get(axis, "")) for axis in axes]
+        cells += [machines[id(record)]] if machines else []
         cells += [number for name, number in zip(names, numbers, strict=True) if name not in left_out]
         status = record["status"]
         style = {"failed": "red", "unsupported": "yellow", "pending": "dim"}.get(status)

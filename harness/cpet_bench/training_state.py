@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .errors import StepFailed
+from .failpoints import failpoint
 from .settings import TrainSettings
 
 DEAD_BASE = (
@@ -35,9 +36,12 @@ def save_checkpoint(path: Path, trainable, start, optimizer, state: dict) -> Non
             tensors[f"optimizer/{key}/{name}"] = value
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    failpoint("checkpoint.before")
     save_file(tensors, partial, metadata={"state": json.dumps(state)})
+    failpoint("checkpoint.written", path=partial)
     os.replace(partial, path)
+    failpoint("checkpoint.after")
 
 
 def load_checkpoint(path: Path, trainable, optimizer, wanted: str) -> tuple[dict, dict[str, torch.Tensor]] | None:

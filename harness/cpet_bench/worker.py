@@ -6,6 +6,7 @@ libraries print goes to the step's log. It ends when its input closes, so that i
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -16,6 +17,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ class Worker:
                 self.step(message)
 
     def setup(self, message: dict) -> None:
-        self.machine = message["machine"]
+        self.machine = {"owns": [message["machine"]["device"]], **message["machine"]}
         self.store = Store(message["store"])
         self.store.fs.invalidate_cache()
 
@@ -75,19 +78,22 @@ class Worker:
 
         if self.machine["threads"]:
             torch.set_num_threads(self.machine["threads"])
-        torch.backends.cuda.matmul.allow_tf32 = bool(self.machine["tf32"])
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(self.machine["tf32"])
+        if self.machine["device"].startswith("cuda"):
+            torch.cuda.set_device(self.machine["device"])  # libraries that ask for the current device get this worker's
         self.pool = ModelPool()
 
     def step(self, message: dict) -> None:
         step, started = message["step"], time.perf_counter()
         key = step["key"]
         log = Path(message["log"])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", buffering=1) as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
         try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a", buffering=1) as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
             self._prepare()
+            self.send(event="begun", key=key)
             manifest = self._run(step)
             self.send(
                 event="done",
@@ -100,26 +106,31 @@ class Worker:
         except Stopping:
             self.send(event="interrupted", key=key)
         except BaseException as error:
-            traceback.print_exc()
+            with suppress(OSError):  # the disk of the log may be full
+                traceback.print_exc()
             self.pool and self.pool.clear()
             self.send(event="failed", key=key, seconds=time.perf_counter() - started, **describe(error))
 
     def _run(self, step: dict):
+        key, kind, store = step["key"], KINDS[step["kind"]], self.store
+        scratch, out = store.scratch(key), store.out(key)
+        try:
+            return self._compute(step, kind, scratch, out)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    def _compute(self, step: dict, kind, scratch: Path, out: Path):
         from .steps.context import Context
 
-        key, kind, store = step["key"], KINDS[step["kind"]], self.store
-        scratch = store.scratch(key)
-        out = scratch / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        last = 0.0
+        key, store, last = step["key"], self.store, 0.0
 
         def progress(done: int, total: int, text: str = "") -> None:
             nonlocal last
             now = time.perf_counter()
             if now - last > 0.2 or done >= total:
                 last = now
-                self.send(event="progress", key=key, done=done, total=total, text=text)
+                memory = memory_now(self.machine["owns"])
+                self.send(event="progress", key=key, done=done, total=total, text=text, memory=memory)
 
         needs = step["needs"]
         context = Context(
@@ -137,16 +148,20 @@ class Worker:
             should_stop=self.stopping.is_set,
         )
         started, cpu = time.perf_counter(), time.process_time()
-        reset_peak(self.machine["device"])
+        reset_peak(self.machine["owns"])
         facts = kind.function()(context)
         costs = {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
-            "peak_memory": peak_memory(self.machine["device"]),
+            "peak_memory": peak_memory(self.machine["owns"]),
             "work": step["work"],
         }
         made = {"identity": step["identity"], "label": step["label"], "machine": self.machine}
         return store.commit(key, step["kind"], out, facts=facts or {}, costs=costs, made=made)
+
+
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)  # libraries in other languages give only their text
+_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -157,36 +172,45 @@ def describe(error: BaseException) -> dict[str, Any]:
         status = "unsupported"
     elif isinstance(error, StopError):
         status = "stop"
-    elif isinstance(error, OSError) and error.errno in (28, 30, 122):  # no space, read-only, quota
-        status, text = "stop", f"The disk cannot be written: {error.strerror} ({error.filename})."
+    elif isinstance(error, OSError) and error.errno in _DISK or any(words in text for words in map(os.strerror, _DISK)):
+        what = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else text
+        status, text = "stop", f"The disk cannot be written: {what}."
     elif isinstance(error, Damaged):
         return {"status": "damaged", "type": name, "message": text, "damaged": error.key}
-    elif isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
-        name, text = "OutOfMemory", f"Out of memory: {text}"
+    elif isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
+        name, text = "OutOfMemory", f"Out of memory: {text or name}"
+    elif isinstance(error, NotImplementedError) or " not implemented for '" in text or _not_ours(error):
+        status, text = "unsupported", f"{name}: {text}"  # a library that is not there, or what it does not do on this device
     elif not isinstance(error, (StepFailed, InputError)):
         text = f"{name}: {text}"
     return {"status": status, "type": name, "message": text}
 
 
-def reset_peak(device: str) -> None:
-    """Start counting peak memory anew: of the device, or of this process where the system can reset it."""
-    if device.startswith("cuda"):
-        import torch
+def _not_ours(error: BaseException) -> bool:
+    """Whether it says that a library is missing or broken."""
+    return isinstance(error, ImportError) and not str(error.name or "").startswith("cpet_")
 
-        torch.cuda.reset_peak_memory_stats()
-        return
+
+def reset_peak(devices: Sequence[str]) -> None:
+    """Start counting peak memory anew: of these devices, and of this process where the system can reset it."""
+    for device in devices:
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
 
 
-def peak_memory(device: str) -> int:
-    """Peak bytes since reset_peak: allocated on the device, or resident in this process."""
-    if device.startswith("cuda"):
+def peak_memory(devices: Sequence[str]) -> int:
+    """Peak bytes since reset_peak: allocated on GPUs, or resident in this process where there is none among `devices`."""
+    gpus = [d for d in devices if d.startswith("cuda")]
+    if gpus:
         import torch
 
-        return torch.cuda.max_memory_allocated()
+        return sum(torch.cuda.max_memory_allocated(d) for d in gpus)
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -194,6 +218,19 @@ def peak_memory(device: str) -> int:
     except OSError:
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_now(devices: Sequence[str]) -> int:
+    """Bytes allocated on GPUs now, or resident in this process."""
+    gpus = [d for d in devices if d.startswith("cuda")]
+    if gpus:
+        import torch
+
+        return sum(torch.cuda.memory_allocated(d) for d in gpus)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def main() -> None:
@@ -204,6 +241,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: (worker.stopping.set(), worker.commands.put({"op": "stop"})))
     threading.Thread(target=worker.listen, daemon=True).start()
     worker.run()
+    os._exit(0)  # nothing is left to save; taking torch down in good order takes a second
 
 
 if __name__ == "__main__":

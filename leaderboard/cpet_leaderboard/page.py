@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from cpet_bench import __version__
 from cpet_bench.errors import InputError, StopError
+from cpet_bench.machines import labels
 from cpet_bench.records import read_records, run_folders
 
 from . import charts, paired, payload, view
@@ -83,6 +84,9 @@ def entries_of(runs: list[dict[str, Any]]) -> list[view.Entry]:
                 if entry.gap() is not None:
                     entry.gap_ends = outcomes.gap(run["folder"], record, dense)
             found.append(entry)
+    named = labels([e.record for e in found])
+    for entry, label in zip(found, named, strict=True):
+        entry.machine = label if len(set(named)) > 1 else ""
     return found
 
 

@@ -71,6 +71,7 @@ def cell(entry: Entry, pool: Pool, rows: dict[str, int], most: int = POINTS) -> 
     return {
         "id": record["id"],
         "run": entry.run,
+        "machine": entry.machine,
         "matrix": record.get("matrix"),
         "axes": record["axes"],
         "status": record["status"],

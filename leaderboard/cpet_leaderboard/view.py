@@ -10,6 +10,7 @@ from typing import Any
 from . import charts
 from .text import MB, NONE, exists, figure, metric, natural
 
+DEVICE = "device used"  # stands beside the axes where records are of several machines: their speeds cannot be compared
 STATUSES = ("done", "failed", "unsupported", "pending")
 
 
@@ -21,6 +22,7 @@ class Entry:
     run: str
     row: int = -1
     dense_pet: dict[str, Any] | None = None
+    machine: str = ""  # its device, where the page shows several
     gap_ends: tuple[float, float] | None = None  # interval of the gap to D, paired by document
 
     @property
@@ -28,7 +30,7 @@ class Entry:
         return self.record["status"] == "done"
 
     def axis(self, name: str) -> str:
-        value = self.run if name == "run" else self.record["axes"].get(name)
+        value = {"run": self.run, DEVICE: self.machine}.get(name, self.record["axes"].get(name))
         return NONE if value is None else str(value)
 
     def metric(self, name: str | None) -> dict[str, Any] | None:
@@ -157,6 +159,7 @@ class Table:
 def axis_names(entries: list[Entry]) -> list[str]:
     """Axes in the records' own order; the run first, where there is more than one."""
     names = list(dict.fromkeys(name for e in entries for name in e.record["axes"]))
+    names += [DEVICE] if len({e.machine for e in entries}) > 1 else []
     return (["run"] if len({e.run for e in entries}) > 1 else []) + names
 
 
@@ -185,7 +188,13 @@ def fill(table: Table, axes: list[str]) -> Table:
     numbers = [c for c in numbers if not c.optional or any(exists(c.value(e)) for e in done)]
     table.axes, table.columns = len(of_axes), of_axes + numbers
     table.ranks = [rank([c.value(e) for e in table.entries]) for c in of_axes]
-    table.ranks += [rank([c.value(e) if e.done else None for e in table.entries]) for c in numbers]
+    machines = [e.machine for e in table.entries]
+    several = len(set(machines)) > 1
+    for column in numbers:
+        values = [column.value(e) if e.done else None for e in table.entries]
+        apart = several and column.group == "Speed"
+        table.ranks.append(rank_apart(values, machines) if apart else rank(values))
+        column.hint = "of each device by itself: speeds of different ones cannot be compared" if apart else column.hint
     shown = [e.metric(table.primary) for e in done if e.metric(table.primary)]
     table.span = charts.domain(v for m in shown for v in (m["value"], m.get("low"), m.get("high")))
     _charts(table, done)
@@ -205,6 +214,18 @@ def rank(values: list[Any]) -> list[int]:
     return [places.get(v, -1) if v is None or isinstance(v, str) or exists(v) else -1 for v in values]
 
 
+def rank_apart(values: list[Any], groups: list[str]) -> list[int]:
+    """As `rank`, within each group; the groups follow one another in the order they appear."""
+    found, before = [-1] * len(values), 0
+    for group in dict.fromkeys(groups):
+        rows = [i for i, g in enumerate(groups) if g == group]
+        own = rank([values[i] for i in rows])
+        for i, place in zip(rows, own, strict=True):
+            found[i] = place + before if place >= 0 else -1
+        before += max(own, default=-1) + 1
+    return found
+
+
 def method(entry: Entry) -> str:
     """PET and restoring in one word: what a marker's shape stands for."""
     if (entry.record.get("settings") or {}).get("pet") is None:
@@ -221,9 +242,9 @@ def _charts(table: Table, done: list[Entry]) -> None:
     line = next(iter(references.values())) if len(references) == 1 else None
     y_label = f"{table.primary} ({table.better} is better)" if table.better else str(table.primary)
 
-    def points(name: str, unit: float, what: str) -> list[dict[str, Any]]:
+    def points(name: str, unit: float, what: str, of: list[Entry]) -> list[dict[str, Any]]:
         found = []
-        for e in shown:
+        for e in of:
             m, x = e.metric(table.primary), e.probe(name)
             found.append(
                 {
@@ -240,10 +261,12 @@ def _charts(table: Table, done: list[Entry]) -> None:
             )
         return found
 
-    drawn = [
-        charts.scatter(points("disk", MB, "size"), "Quality by size on disk", "MB on disk", y_label, line),
-        charts.scatter(points("decode", 1.0, "speed"), "Quality by decoding speed", "decoded tokens per second", y_label, line),
-    ]
+    drawn = [charts.scatter(points("disk", MB, "size", shown), "Quality by size on disk", "MB on disk", y_label, line)]
+    machines = list(dict.fromkeys(e.machine for e in shown))
+    for one in machines:  # a chart each: speeds of different machines cannot be compared
+        own = points("decode", 1.0, "speed", [e for e in shown if e.machine == one])
+        title = "Quality by decoding speed" + (f" on {one}" if len(machines) > 1 else "")
+        drawn.append(charts.scatter(own, title, "decoded tokens per second", y_label, line))
     table.charts = [c for c in drawn if c]
     table.colours = [(name, i % charts.COLOURS) for name, i in colours.items() if name in used]
     table.shapes = [(name, i % charts.SHAPES) for name, i in shapes.items()]

@@ -81,7 +81,10 @@ def test_the_same_run_again_computes_nothing_and_loads_no_torch(smoke):
     assert {p: p.stat().st_mtime_ns for p in (smoke.folder / "records").iterdir()} == before
 
 
-@pytest.mark.parametrize("words", [("--help",), ("plan", SMOKE), ("status",), ("check", "runs/smoke", "--baseline", "runs/smoke")])
+CHECK = ("check", "runs/smoke", "--baseline", "runs/smoke")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("plan", SMOKE), ("status",), CHECK], ids=lambda words: words[0])
 def test_other_verbs_load_no_torch(smoke, words):
     code = (
         "import sys; from cpet_bench.cli.main import main\n"
@@ -96,7 +99,8 @@ def test_other_verbs_load_no_torch(smoke, words):
 
 
 def test_plan_says_why_a_step_will_run(smoke, tmp_path):
-    text = SMOKE.read_text().replace("lr: 3e-3", "lr: 1e-3").replace("include: smoke_task", f"include: {SMOKE.parent}/smoke_task")
+    text = SMOKE.read_text().replace("lr: 3e-3", "lr: 1e-3")
+    text = text.replace("include: smoke_task", f"include: {SMOKE.parent}/smoke_task")
     changed = tmp_path / "changed.yaml"
     changed.write_text(text)
     done = smoke.cli("plan", changed, "--json")
@@ -173,8 +177,8 @@ def reason(record: dict) -> str:
 
 def test_a_loss_that_is_no_number_fails_its_cell_alone(cli):
     matrix = cli.matrix(
-        "name: nan\npet:\n  wild: {method: lora, r: 4, train: {lr: 10, weight_decay: 10, warmup: 0, steps: 60, schedule: constant}}\n"
-        + CHEAP
+        "name: nan\npet:\n  wild:\n    method: lora\n    r: 4\n"
+        "    train: {lr: 10, weight_decay: 10, warmup: 0, steps: 60, schedule: constant}\n" + CHEAP
     )
     done = cli("run", matrix)
     records = cli.records("nan")
@@ -284,10 +288,11 @@ def test_the_other_controls_transfer_and_an_adapter_of_the_users(smoke, cli):
         "  transfer: {inherit: true, train: {steps: 0}}\n"
         "  inherit: {inherit: true}\n"
         "  mine: {inherit: {from: local:mine}}\n"
-        "  compensate: {inherit: true, recover: {r: 4, act: identity, init: eora, calibration: {documents: 16}}, train: {steps: 0}}\n"
+        "  compensate:\n    inherit: true\n    train: {steps: 0}\n"
+        "    recover: {r: 4, act: identity, init: eora, calibration: {documents: 16}}\n"
         "  svd: {inherit: true, recover: {r: 4, act: identity, init: svd}, train: {steps: 0}}\n"
         "probes: {throughput: false}\n"
-        "include:\n  - {compression: wanda24, restoring: [none, cpet, wider, longer, transfer, inherit, mine, compensate, svd]}\n"
+        "exclude:\n  - {compression: [none, nf4]}\n  - {restoring: [vanilla, matched, cpet-eora]}\n"
     )
     done = cli("run", matrix)
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,11 @@
 import random
 
 from cpet_bench.schedule import Schedule
-from cpet_bench.steps import Step
+from cpet_bench.steps import make_step
 
 
 def step(name, **needs):
-    return Step("tune", {"name": name}, needs, name, {})
+    return make_step("tune", {"name": name}, needs, name)
 
 
 def graph(*edges):
@@ -20,7 +20,7 @@ def graph(*edges):
 
 def test_needs_come_first_and_the_longest_path_before_short_ones():
     steps, k = graph(("m", {}), ("short", {"model": "m"}), ("long", {"model": "m"}), ("after", {"x": "long"}))
-    s = Schedule(steps, steps, (), {k["after"]: 100.0})
+    s = Schedule(steps, steps, (), {k["after"]: 100.0}, workers=2)
     assert s.next() == k["m"]
     s.start(k["m"])
     assert s.next() is None
@@ -30,9 +30,12 @@ def test_needs_come_first_and_the_longest_path_before_short_ones():
 
 def test_a_worker_gets_steps_of_the_model_it_holds():
     steps, k = graph(("a", {}), ("b", {}), ("on-a", {"model": "a"}), ("on-b", {"model": "b"}), ("b2", {"x": "on-b"}))
-    s = Schedule(steps, list(steps)[2:], list(steps)[:2], {k["b2"]: 50.0})
+    first = {k["on-b"]: 0, k["on-a"]: 1}
+    s = Schedule(steps, list(steps)[2:], list(steps)[:2], {k["b2"]: 50.0}, first=first)
     assert s.next(held=[k["a"]]) == k["on-a"]
     assert s.next(held=[]) == k["on-b"]
+    s = Schedule(steps, list(steps)[2:], list(steps)[:2], {k["b2"]: 50.0}, workers=2)
+    assert s.next(held=[k["a"]]) == k["on-b"]  # what the end waits for goes before a model that is held
 
 
 def test_a_failure_takes_only_what_follows_from_it():
@@ -55,6 +58,23 @@ def test_a_damaged_need_is_made_again_first():
     assert s.next() is None
     s.finish(k["m"])
     assert {s.next()} <= {k["t"], k["u"]}
+
+
+def test_a_failure_of_a_parked_or_found_step_leaves_the_work_right():
+    steps, k = graph(("m", {}), ("t", {"model": "m"}), ("u", {"model": "t"}), ("v", {"model": "m"}))
+    s = Schedule(steps, steps, (), dict.fromkeys(steps, 10.0))
+    assert s.work == 40
+    s.park(s.next())
+    assert s.next() is None
+    s.finish(k["m"])  # another run made it
+    assert s.work == 30 and s.next() in (k["t"], k["v"])
+    s.start(k["t"])
+    assert s.work == 20
+    s.fail(k["t"])
+    assert s.work == 10 and s.next() == k["v"]
+    s.start(k["v"])
+    s.back(k["v"])
+    assert s.work == 10 and s.next() == k["v"]
 
 
 def test_random_graphs_run_each_step_once_and_in_order():

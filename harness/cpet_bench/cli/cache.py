@@ -7,7 +7,8 @@ import datetime
 import re
 
 from ..errors import InputError
-from ..store import Store
+from ..leases import Leases
+from ..store import Manifest, Store
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -58,12 +59,16 @@ def human(number: float) -> str:
     return f"{number / 2**20:,.1f} MB"
 
 
+def named(manifest: Manifest) -> str:
+    return f"{manifest.key}  {human(manifest.bytes):>12}  {manifest.made.get('label', manifest.kind)}"
+
+
 def listing(store: Store) -> int:
     pins, total = store.pins(), 0
     for key in store.keys():
         manifest = store.manifest(key)
         if manifest is None:
-            print(f"{key}  damaged or unfinished")
+            print(f"{key}  {'damaged' if key in store.broken else 'unfinished'}")
             continue
         total += manifest.bytes
         used = datetime.datetime.fromtimestamp(store.used(key)).isoformat(" ", "minutes")
@@ -75,21 +80,39 @@ def listing(store: Store) -> int:
 
 def verify(store: Store, beginnings: list[str]) -> int:
     keys = matching(store, beginnings) if beginnings else list(store.keys())
-    bad = 0
+    leases, bad, unfinished = Leases(store), 0, 0
     for key in keys:
+        if not store.has(key) and key not in store.broken:
+            unfinished += 1  # a commit that was killed, or is going on; nothing takes it for whole
+            continue
         faults = store.faults(key)
-        if faults:
+        if faults and not leases.others(key):
             bad += 1
             print(f"{key}: {'; '.join(faults)}; dropped, the next run makes it again")
             store.drop(key)
-    print(f"{len(keys)} artifacts looked at, {bad} damaged")
+    print(f"{len(keys) - unfinished} artifacts looked at, {bad} damaged" + (f"; {unfinished} unfinished" if unfinished else ""))
     return 1 if bad else 0
 
 
 def prune(store: Store, quota: int) -> int:
     before = sum(m.bytes for m in map(store.manifest, store.keys()) if m)
+    swept = sweep(store)
     dropped = store.prune(quota)
     for manifest in dropped:
-        print(f"dropped {manifest.key}  {human(manifest.bytes)}  {manifest.made.get('label', manifest.kind)}")
+        print(f"dropped {named(manifest)}")
+    if swept:
+        print(f"dropped {human(swept)} that killed runs left half done")
     print(f"{human(before)} before, {human(before - sum(m.bytes for m in dropped))} after")
     return 0
+
+
+def sweep(store: Store) -> int:
+    """Remove what killed commits left, but for keys that a live run computes now; returns the bytes."""
+    leases, size = Leases(store), 0
+    store.tidy()
+    for key in store.keys():
+        left = store.leftovers(key)
+        if left and not leases.others(key):
+            size += sum(store.fs.du(path) for path in left)
+            store.sweep(key)
+    return size

@@ -11,7 +11,14 @@ def matrix_options(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], metavar="AXIS=NAME", help="only these cells; repeat, lists and globs work"
     )
     parser.add_argument("--name", help="name of the run (default: the matrix's)")
-    parser.add_argument("--devices", help="devices, as in cuda:0,cuda:1 or cpu (default: the matrix's)")
+    parser.add_argument(
+        "--devices",
+        help="a worker for each of these: cuda:0,cuda:1 or cpu; cpu:2 for two on the processor, cuda:0+cuda:1 for one that"
+        " owns both (default: the matrix's)",
+    )
+    parser.add_argument("--budget", metavar="TIME", help="only cells that fit into this time by the estimates, as in 2h")
+    parser.add_argument("--sample", metavar="SHARE", help="only a balanced part of the cells, as in 20%% (the rest is pending)")
+    parser.add_argument("--sample-seed", type=int, default=0, metavar="N", help="another part of the same size (default 0)")
     folders(parser)
 
 
@@ -26,5 +33,22 @@ def prepared(args: argparse.Namespace):
 
     devices = args.devices.split(",") if args.devices else None
     return prepare(
-        args.matrix, only=tuple(args.only), store=args.store, runs=args.runs, name=args.name, device=devices
+        args.matrix,
+        only=tuple(args.only),
+        store=args.store,
+        runs=args.runs,
+        name=args.name,
+        device=devices,
+        sample=args.sample,
+        sample_seed=args.sample_seed,
+        budget=args.budget,
     )
+
+
+def left_out(ready, pending: list[str]) -> str | None:
+    """Which cells stay pending for a later run, in a line; None where none do."""
+    if not pending:
+        return None
+    why = ", ".join(sorted({ready.left_out.get(i, "the time was over") for i in pending}))
+    shown = ", ".join(pending[:5]) + (f" and {len(pending) - 5} more" if len(pending) > 5 else "")
+    return f"{len(pending)} of {len(ready.plan.cells)} cells stay pending ({why}): {shown}"

@@ -13,9 +13,14 @@ VERBS = {
     "plan": "show cells and steps of a matrix, what is cached, why the rest will run, and what it takes",
     "status": "show how far a run is",
     "check": "compare a run with a baseline; fails on a regression",
+    "validate": "find what is wrong in the folder of a run: schema, hashes, outcomes, references",
+    "merge": "make one run out of several of the same matrix",
+    "publish": "copy a run to where results are shared",
+    "reproduce": "run cells of a kept run again and compare them",
     "leaderboard": "write the page of one or more runs",
     "init": "write a commented first matrix",
     "schema": "print the JSON Schema of a matrix or of a record",
+    "doctor": "say what works on this machine, by trying it: devices, backends, PET methods, sources",
     "cache": "list, verify, prune or pin what the store keeps",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .common import matrix_options, prepared
+from .common import left_out, matrix_options, prepared
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,11 @@ def run(args: argparse.Namespace) -> int:
     before = read_json(ready.folder / "plan.json")
     missing = set(ready.missing())
     rows, users = [], ready.plan.users()
+    later = set(ready.plan.closure(k for i in ready.left_out for k in ready.plan.roles[i].values()))
     for key, step in ready.plan.steps.items():
         cached = ready.store.has(key)
         if not cached and key not in missing:
-            why = "not needed: what follows from it is there"
+            why = "left out" if key in later else "not needed: what follows from it is there"
         else:
             why = "cached" if cached else reason(step, before)
         rows.append(
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         "cells": len(ready.plan.cells),
         "steps": len(rows),
         "run": len(missing),
-        "seconds": round(sum(r["seconds"] for r in rows if r["runs"]) / len(ready.machine["devices"]), 1),
+        "left_out": len(ready.left_out.keys() - ready.recorded.keys()),
+        "seconds": round(ready.time_needed(list(missing)), 1),
         "memory": max((r["memory"] for r in rows if r["runs"]), default=0),
         "disk": sum(r["disk"] for r in rows if r["runs"]),
     }
@@ -83,6 +85,8 @@ def show(ready, rows: list[dict], total: dict) -> None:
         console.print("  " + escape(cell.id), highlight=False)
     console.print()
     console.print(table)
+    for line in filter(None, [left_out(ready, [i for i in ready.left_out if i not in ready.recorded])]):
+        console.print("\n" + escape(line), highlight=False)
     console.print(
         f"\n{total['steps']} steps, {total['run']} to run: about {clock(total['seconds'])}, up to"
         f" {total['memory'] / 2**30:.1f} GiB of memory, {total['disk'] / 2**30:.2f} GiB of disk,"

@@ -19,6 +19,7 @@ class BitsAndBytes:
     version = 1
     packages = ("torch", "transformers", "bitsandbytes")
     calibrated = False
+    tries = ({"type": "nf4"}, {"type": "int8"})  # settings that `doctor` tries
 
     class Settings(Settings):
         """type: int8, nf4 or fp4. double_quant: quantise the scales too (4 bits). threshold: int8's outlier threshold.
@@ -70,7 +71,7 @@ class BitsAndBytes:
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
         from ..models.arch import block_linears
-        from ..models.loading import load_config, load_tokenizer
+        from ..models.loading import load_config, load_tokenizer, placement
 
         config = load_config(source)
         if config.get("quantization_config"):
@@ -88,7 +89,7 @@ class BitsAndBytes:
         auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
         progress(0, 2, "quantising")
         model = auto.from_pretrained(
-            source, quantization_config=how, dtype=torch.float32, device_map={"": device}, use_safetensors=True
+            source, quantization_config=how, dtype=torch.float32, use_safetensors=True, **placement(device)
         )
         wanted = "Linear8bitLt" if settings.type == "int8" else "Linear4bit"
         layers = block_linears(model)

@@ -16,6 +16,7 @@ class Magnitude:
     version = 1
     packages = ("torch", "transformers")
     calibrated = False
+    tries = ({"pattern": "2:4"}, {"sparsity": 0.5})  # settings that `doctor` tries
     Settings = PatternSettings
 
     @staticmethod

@@ -26,6 +26,7 @@ class Wanda:
     version = 1
     packages = ("torch", "transformers")
     calibrated = True
+    tries = ({"pattern": "2:4"}, {"sparsity": 0.5})  # settings that `doctor` tries
     Settings = WandaSettings
 
     @staticmethod

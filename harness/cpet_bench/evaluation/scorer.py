@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import StepFailed, Stopping
+from ..failpoints import failpoint
 from ..training_model import start_token
 from . import generation
 from .batching import Batch, pieces, plan_hash, rows_of
@@ -191,9 +192,12 @@ class Kept:
         self.lines = {line["batch"]: line for line in found[1:]}
 
     def add(self, number: int, line: dict[str, Any]) -> None:
-        self.lines[number] = line
+        failpoint("responses.before")
         with self.path.open("a") as file:
+            size = file.tell()
             file.write(json.dumps({"batch": number, **line}) + "\n")
+        failpoint("responses.written", path=self.path, since=size)
+        self.lines[number] = line
 
 
 def _rows(table: list[dict], lines: list[dict]) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..devices import of_worker
+from ..errors import StopError
 from ..steps import Step
 
 
@@ -26,23 +28,35 @@ class LocalWorker:
         self.running: str | None = None
         self.since = 0.0
         self.limit = float("inf")
+        self.begun = True  # false while a fresh worker still loads its libraries
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"worker-{self.name.replace(':', '')}.log"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log = path.open("a")
+        except OSError as error:
+            raise StopError(f"Cannot write {path}: {error.strerror or error}.") from error
         own = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        with (self.folder / f"worker-{self.name.replace(':', '')}.log").open("a") as log:
+        with log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cpet_bench.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, **own},
+                env={**os.environ, **own, **self._threads()},
                 start_new_session=True,  # Ctrl-C reaches the runner alone; it tells the worker
             )
         threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
         self.send(op="setup", machine=self.machine, store=self.store)
+
+    def _threads(self) -> dict[str, str]:
+        """Libraries that make their own threads get as many as this worker has, unless the user's environment says."""
+        threads = self.machine["threads"]
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads else ()
+        return {name: os.environ.get(name, str(threads)) for name in names}
 
     def _listen(self, process: subprocess.Popen) -> None:
         with process.stdout:
@@ -67,7 +81,7 @@ class LocalWorker:
         if self.process is None or self.process.poll() is not None:
             self.held = []
             self.start()
-        self.running, self.since, self.limit = step.key, time.monotonic(), limit
+        self.running, self.since, self.limit, self.begun = step.key, time.monotonic(), limit, False
         wire = {
             "key": step.key,
             "kind": step.kind,
@@ -83,6 +97,8 @@ class LocalWorker:
     def kill(self) -> None:
         if self.process and self.process.poll() is None:
             self.process.kill()
+            with suppress(subprocess.TimeoutExpired):  # until it is gone, the next step would be sent to a dying process
+                self.process.wait(5)
 
     def stop(self, grace: float) -> None:
         """Ask for an end (training saves a checkpoint first); after `grace` seconds kill."""
@@ -99,17 +115,15 @@ class LocalWorker:
 
 
 class LocalExecutor:
-    """One worker per device of `machine`; `events()` waits for what they report."""
+    """One worker per name in `machine["devices"]`; `events()` waits for what they report."""
 
     name = "local"
 
     def __init__(self, machine: dict[str, Any], store: str, folder: Path):
         self.inbox: queue.Queue = queue.Queue()
         self.workers = {}
-        threads = machine["threads"]
-        for device in machine["devices"]:
-            own = {**machine, "device": device, "threads": threads}
-            self.workers[device] = LocalWorker(device, own, store, folder, self.inbox)
+        for name in machine["devices"]:
+            self.workers[name] = LocalWorker(name, of_worker(machine, name), store, folder, self.inbox)
 
     def idle(self) -> list[LocalWorker]:
         return [w for w in self.workers.values() if w.running is None]

@@ -60,6 +60,8 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
         import bitsandbytes.functional as F
 
         state = base.weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):  # repacked at the first pass in evaluation mode; misread below
+            return _by_unit_vectors(base)
         weight = F.dequantize_4bit(base.weight.data, state)
         return weight.reshape(base.out_features, base.in_features).float()
     if kind == "Linear8bitLt":
@@ -74,11 +76,16 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
         return base.weight.detach().float()
     if hasattr(base, "dequantize_weight"):  # GPTQModel's linears give in x out
         return base.dequantize_weight().t().float()
-    eye = torch.eye(base.in_features, device=next(base.buffers()).device)
+    return _by_unit_vectors(base)
+
+
+def _by_unit_vectors(module: nn.Module) -> torch.Tensor:
+    held = next(module.buffers(), None)
+    device = next(module.parameters()).device if held is None else held.device
     with torch.no_grad():
-        out = base(eye).float()
-        bias = getattr(base, "bias", None)
-        return (out if bias is None else out - bias.float()).t().contiguous()
+        out = module(torch.eye(module.in_features, device=device)).float()
+    bias = getattr(module, "bias", None)
+    return (out if bias is None else out - bias.float()).t().contiguous()
 
 
 def body(model: nn.Module) -> nn.Module:

@@ -30,6 +30,8 @@ def load_model(
     """The model of a folder in evaluation mode, its weights frozen. Safetensors only.
 
     Causal or encoder-decoder as its config says. dtype: of weights that are not quantised, and of the computation.
+    device: torch's name, or several joined by `+`, over which accelerate spreads the layers.
+    Raises Unsupported where this model or platform has no such attention.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -42,20 +44,36 @@ def load_model(
         more["attn_implementation"] = attention
     if device_map is not None:
         more["device_map"] = device_map
-    elif quantised:
-        more["device_map"] = {"": device}
+    elif quantised or "+" in device:
+        more |= placement(device)
     if quantised and str(quantised.get("quant_method", "")).startswith("bitsandbytes"):
         import importlib.util
 
         if importlib.util.find_spec("bitsandbytes") is None:
             raise Unsupported("this model is quantised by bitsandbytes, which is not installed (pip install bitsandbytes)")
-    model = auto.from_pretrained(
-        folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code, **more
-    )
+    try:
+        model = auto.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code, **more
+        )
+    except (ImportError, ValueError) as error:
+        if attention != "auto" and "attention" in str(error).lower():
+            raise Unsupported(f"attention {attention} cannot be used here: {' '.join(str(error).split())[:300]}") from error
+        raise
     if "device_map" not in more:
         model = model.to(device)
     model.requires_grad_(False)
     return model.eval()
+
+
+def placement(device: str) -> dict[str, Any]:
+    """transformers' arguments that put a model on `device`, or spread it over several GPUs joined by `+`, each equally full."""
+    names = device.split("+")
+    if len(names) == 1:
+        return {"device_map": {"": device}}
+    import torch
+
+    own = {int(name.partition(":")[2]): int(0.9 * torch.cuda.mem_get_info(name)[0]) for name in names}
+    return {"device_map": "balanced", "max_memory": {i: own.get(i, 0) for i in range(torch.cuda.device_count())}}
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):

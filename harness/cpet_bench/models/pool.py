@@ -29,7 +29,7 @@ class ModelPool:
 
     def _load(self, key: str, folder: Path, machine: dict[str, Any]) -> Any:
         started = time.perf_counter()
-        device = machine["device"]
+        device = "+".join(machine.get("owns") or [machine["device"]])
         model = load_model(folder, device=device, dtype=machine["dtype"], attention=machine["attention"])
         self.loads += 1
         self.load_seconds[key] = time.perf_counter() - started

@@ -19,7 +19,7 @@ from ..models.arch import block_linears
 from ..settings import PetSettings
 
 _KEPT = "_cpet_pet"  # attribute of the model that holds PEFT's wrapper and what was there before
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base weights
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base weights
 
 
 def attach(model: nn.Module, pet: PetSettings, *, targets: dict[str, int] | None = None, seed: int = 0) -> nn.Module:
@@ -232,7 +232,7 @@ def _inject(model: nn.Module, config, name: str, seed: int) -> None:
     fresh = kept is None
     if fresh:
         init = getattr(config, "init_lora_weights", None)
-        rewrites = isinstance(init, str) and init.lower().startswith(_REWRITES_BASE)
+        rewrites = isinstance(init, str) and init.lower().startswith(REWRITES_BASE)
         kept = {
             "children": [(module, dict(module._modules)) for module in model.modules()],
             "grad": [(p, p.requires_grad) for p in model.parameters()],

@@ -10,11 +10,11 @@ def measure(model, load_seconds: float | None = None) -> dict[str, Any]:
     from ..models.arch import resident_bytes
     from ..worker import peak_memory
 
-    device = str(model.device)
+    devices = sorted({str(p.device) for p in model.parameters()})
     found: dict[str, Any] = {"resident": {"value": resident_bytes(model), "unit": "bytes"}}
-    if device.startswith("cuda"):
-        found["peak_device"] = {"value": peak_memory(device), "unit": "bytes"}
-    found["peak_process"] = {"value": peak_memory("cpu"), "unit": "bytes"}
+    if any(device.startswith("cuda") for device in devices):
+        found["peak_device"] = {"value": peak_memory(devices), "unit": "bytes"}
+    found["peak_process"] = {"value": peak_memory(["cpu"]), "unit": "bytes"}
     if load_seconds is not None:
         found["load"] = {"value": load_seconds, "unit": "s"}
     return found

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from ..settings import ThroughputSettings
 
 
-def _seconds(call, device: str) -> float:
-    """Seconds `call` takes: by CUDA events on a GPU, by the clock elsewhere."""
+def _seconds(call, devices: Sequence[str]) -> float:
+    """Seconds `call` takes: by CUDA events on a GPU, by the clock elsewhere (and where a model lies on several GPUs)."""
     import torch
 
-    if device.startswith("cuda"):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
+    if len(devices) == 1 and devices[0].startswith("cuda"):
+        with torch.cuda.device(devices[0]):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000.0
+
+    def wait() -> None:
+        for device in devices:
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+
+    wait()
     started = time.perf_counter()
     call()
+    wait()
     return time.perf_counter() - started
 
 
-def measure(model, tokenizer, settings: ThroughputSettings, device: str) -> dict[str, Any]:
+def measure(model, tokenizer, settings: ThroughputSettings, devices: Sequence[str]) -> dict[str, Any]:
     """`prefill` and `decode` in tokens/s: median over `repeats` after `warmup`, with the lowest and highest.
 
     prefill: batch x prompt_tokens through the model, cache filled, head on the last position. decode: new_tokens greedy steps
@@ -61,14 +71,14 @@ def measure(model, tokenizer, settings: ThroughputSettings, device: str) -> dict
     with torch.inference_mode():
         for i in range(settings.warmup + settings.repeats):
             for name, call in (("prefill", prefill), ("decode", decode)):
-                seconds = _seconds(call, device)
+                seconds = _seconds(call, devices)
                 if i >= settings.warmup:
                     times[name].append(seconds)
     tokens = {"prefill": settings.batch * settings.prompt_tokens, "decode": settings.batch * settings.new_tokens}
-    return {name: summary(found, tokens[name], model, settings, device) for name, found in times.items()}
+    return {name: summary(found, tokens[name], model, settings, devices) for name, found in times.items()}
 
 
-def summary(seconds: list[float], tokens: int, model, settings: ThroughputSettings, device: str) -> dict[str, Any]:
+def summary(seconds: list[float], tokens: int, model, settings: ThroughputSettings, devices: Sequence[str]) -> dict[str, Any]:
     speeds = sorted(tokens / s for s in seconds)
     return {
         "value": median(speeds),
@@ -78,5 +88,5 @@ def summary(seconds: list[float], tokens: int, model, settings: ThroughputSettin
         "statistic": "median, lowest, highest",
         **settings.model_dump(mode="json"),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
+        "device": "+".join(devices),
     }

@@ -173,8 +173,8 @@ def compensation(
         dense: folder of the dense model; its weights are held in fp32 on the CPU for as long as this takes.
         model: the compressed model, resident.
         moments: what `input_moments` wrote (eora); None for svd, where H = 1.
-    A row of U1 has the norm that Kaiming-uniform gives, 1 / sqrt 3, and U2 the inverse. Where the error has a lower rank than r,
-    the rest is an untrained recovery: a random row of U1 and a zero column of U2.
+    A row of U1 has the norm that Kaiming-uniform gives, 1 / sqrt 3, and U2 the inverse. Where the error has a lower rank than
+    r, the rest is an untrained recovery: a random row of U1 and a zero column of U2.
 
     Returns: facts: method, r, layers, seconds, error_before and error_after (||E||_H^2 as a share of ||W||_H^2, over all
         layers), left (of ||E||_H^2, a mean over layers), left_by_kind.
@@ -188,7 +188,7 @@ def compensation(
     shapes = [{name: features(m) for name, m in found.items()} for found in (original, layers)]
     problems = differences(*shapes)
     if problems:
-        raise Unsupported(f"the compressed model's layers are not the dense one's, so there is no error to compensate: {problems}")
+        raise Unsupported(f"the compressed model has other layers than the dense one, and so no error to make up: {problems}")
     index = json.loads(Path(moments, "moments.json").read_text())["layers"] if moments else {}
     if moments and index.keys() != layers.keys():
         raise StepFailed("the input moments are those of another model")
@@ -230,7 +230,7 @@ def compensation(
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """scipy's own pool of threads and torch's wait for each other: with two cores in use measured 15 times slower than one each."""
+    """One thread for scipy, whose pool and torch's wait for each other: on two busy cores both pools took 15 times as long."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):

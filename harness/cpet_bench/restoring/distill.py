@@ -15,7 +15,7 @@ import torch
 from ..errors import StepFailed
 from ..settings import DistillSettings, TrainSettings
 from ..training_model import distilled, logits, run, scored, start_token
-from ..training_rows import Document, data_order, document, split
+from ..training_rows import Document, data_order, document
 
 BUDGET = 4 << 30  # bytes; above it the teacher runs alongside
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import StepFailed, Unsupported
+from ..pet.methods import REWRITES_BASE
 
 TOLERANCE = 0.01
 
@@ -25,7 +26,7 @@ def trainable_count(model: nn.Module) -> int:
 def matched_ranks(shapes: dict[str, tuple[int, int]], target: int) -> dict[str, int]:
     """LoRA rank per layer so that the sum of r (in + out) is within 1 % of `target`; no two ranks differ by more than one.
 
-    The layers with one rank more are spread over the depth of the model, the largest kinds of layer first.
+    The layers with one rank more are spread over the kinds of layer and over the depth of the model.
 
     Args:
         shapes: (in, out) by layer, in the model's order.
@@ -34,30 +35,51 @@ def matched_ranks(shapes: dict[str, tuple[int, int]], target: int) -> dict[str, 
     """
     costs = {name: a + b for name, (a, b) in shapes.items()}
     whole = sum(costs.values())
-    base, left = divmod(target, whole) if whole else (0, target)
-    if not base:
+    if whole > (1 + TOLERANCE) * target:
         raise StepFailed(f"rank 1 on {len(shapes)} layers trains {whole} parameters, more than the {target} to be matched")
-    ranks = dict.fromkeys(shapes, base)
-    for cost in sorted(set(costs.values()), reverse=True):
-        alike = [name for name, c in costs.items() if c == cost]
-        more = min(len(alike), left // cost)
-        for i in range(more):
-            ranks[alike[i * len(alike) // more]] += 1
-        left -= more * cost
-    smallest = min((c for name, c in costs.items() if ranks[name] == base), default=None)
-    if smallest is not None and smallest - left < left:  # one more comes nearer than none
-        ranks[next(name for name, c in costs.items() if c == smallest and ranks[name] == base)] += 1
-    total = sum(ranks[name] * costs[name] for name in shapes)
+    ranks = {name: max(1, more) for name, more in _spread(costs, target).items()}
+    _near(sum(r * costs[name] for name, r in ranks.items()), target, len(shapes))
+    return ranks
+
+
+def _near(total: int, target: int, layers: int) -> None:
     if abs(total - target) > TOLERANCE * target:
-        raise StepFailed(f"ranks on {len(shapes)} layers train {total} parameters at the nearest, not {target}")
+        raise StepFailed(f"ranks on {layers} layers that differ by one train {total} parameters at the nearest, not {target}")
+
+
+def _spread(costs: dict[str, int], target: int) -> dict[str, int]:
+    """Ranks k or k + 1 by layer, the sum of rank times cost as near to `target` as any such choice comes."""
+    base, left = divmod(target, sum(costs.values()))
+    share = left / sum(costs.values())
+    kinds: dict[int, list[str]] = {}
+    for name, cost in costs.items():
+        kinds.setdefault(cost, []).append(name)
+    # Which sums the first kinds can reach, as the bits of a number: bit s for the sum s.
+    reach = [1]
+    for cost, names in kinds.items():
+        bits = reach[-1]
+        for _ in names:
+            bits |= bits << cost
+        reach.append(bits)
+    below = (reach[-1] & ((1 << (left + 1)) - 1)).bit_length() - 1
+    above = reach[-1] >> (left + 1)
+    step = (above & -above).bit_length() - 1  # zeros before the lowest sum above
+    total = left + 1 + step if above and step + 1 < left - below else below
+    ranks = dict.fromkeys(costs, base)
+    for before, (cost, names) in reversed(list(zip(reach[:-1], kinds.items(), strict=True))):
+        possible = [i for i in range(len(names) + 1) if total >= i * cost and before >> (total - i * cost) & 1]
+        more = min(possible, key=lambda i: (abs(i - share * len(names)), i))
+        for i in range(more):
+            ranks[names[i * len(names) // more]] += 1
+        total -= more * cost
     return ranks
 
 
 def wider(folder: Path, target: int, out: Path, seed: int = 0) -> None:
     """D's saved LoRA with its ranks extended to `target` parameters (within 1 %), written to `out`; it computes the same.
 
-    A gets new rows, drawn Kaiming-uniform from `seed`; B new columns of zeros; alpha grows so that each layer's scale
-    (alpha / r, or alpha / sqrt r with use_rslora) stays what it was.
+    Every layer is extended by as many ranks, or one more. A gets new rows, drawn Kaiming-uniform from `seed`; B new columns of
+    zeros; alpha grows so that each layer's scale (alpha / r, or alpha / sqrt r with use_rslora) stays what it was.
 
     Raises:
         Unsupported: the adapter is not plain LoRA.
@@ -71,18 +93,23 @@ def wider(folder: Path, target: int, out: Path, seed: int = 0) -> None:
     tensors = load_file(Path(folder, "adapter_model.safetensors"))
     layers = _layers(config, tensors)
     shapes = {name: (a.shape[1], b.shape[0]) for name, (a, b) in layers.items()}
-    ranks = matched_ranks(shapes, target)
-    smaller = [name for name, (a, _) in layers.items() if ranks[name] < a.shape[0]]
-    if smaller:
-        raise StepFailed(f"the inherited adapter is larger than the {target} parameters to be matched ({smaller[0]})")
+    costs = {name: a + b for name, (a, b) in shapes.items()}
+    held = sum(t.numel() for t in tensors.values())
+    if held > (1 + TOLERANCE) * target:
+        raise StepFailed(f"the inherited adapter has {held} parameters, more than the {target} to be matched")
+    more = _spread(costs, max(0, target - held))
+    ranks = {name: a.shape[0] + more[name] for name, (a, _) in layers.items()}
+    _near(sum(r * costs[name] for name, r in ranks.items()), target, len(ranks))
     generator = torch.Generator().manual_seed(seed)
     power = 0.5 if config.get("use_rslora") else 1.0
+    pattern = config.get("alpha_pattern") or {}
     alphas, written = {}, {}
     for name, (a, b) in layers.items():
         old, new = a.shape[0], ranks[name]
-        key = get_pattern_key(config.get("alpha_pattern", {}).keys(), name)
-        alphas[name] = config.get("alpha_pattern", {}).get(key, config["lora_alpha"]) * (new / old) ** power
-        rows = nn.init.kaiming_uniform_(torch.empty(new - old, a.shape[1]), a=math.sqrt(5), generator=generator)
+        alphas[name] = pattern.get(get_pattern_key(pattern.keys(), name), config["lora_alpha"]) * (new / old) ** power
+        rows = torch.empty(new - old, a.shape[1])
+        if new > old:
+            nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
         written[f"{_PREFIX}{name}.lora_A.weight"] = torch.cat([a, rows.to(a.dtype)]).contiguous()
         columns = torch.zeros(b.shape[0], new - old, dtype=b.dtype)
         written[f"{_PREFIX}{name}.lora_B.weight"] = torch.cat([b, columns], dim=1).contiguous()
@@ -105,14 +132,24 @@ def wider(folder: Path, target: int, out: Path, seed: int = 0) -> None:
 
 
 _PREFIX = "base_model.model."
+_MORE_THAN_LORA = (
+    *("use_dora", "use_qalora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("alora_invocation_tokens", "layer_replication", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
 
 
 def _layers(config: dict, tensors: dict) -> dict[str, tuple]:
     """(A, B) by layer of a plain LoRA; Unsupported for anything else."""
-    odd = [k for k in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices") if config.get(k)]
-    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
-        what = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(odd) or "bias"
-        raise Unsupported(f"control wider extends plain LoRA alone, and this adapter is (or has) {what}")
+    init = config.get("init_lora_weights")
+    odd = [k for k in _MORE_THAN_LORA if config.get(k)]
+    if config.get("bias", "none") != "none":
+        odd.append("bias")
+    if isinstance(init, str) and init.lower().startswith(REWRITES_BASE):
+        odd.append(f"init_lora_weights {init}, which changes the base by the rank")
+    if config.get("peft_type") != "LORA":
+        odd = [str(config.get("peft_type"))]
+    if odd:
+        raise Unsupported(f"control wider extends plain LoRA alone, and this adapter is (or has) {', '.join(odd)}")
     found: dict[str, dict] = {}
     for key, tensor in tensors.items():
         parts = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)

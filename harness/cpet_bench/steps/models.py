@@ -32,7 +32,7 @@ def run_compress(ctx: Context) -> dict:
         ctx.out,
         settings,
         examples=examples,
-        device=ctx.machine["device"],
+        device="+".join(ctx.machine["owns"]),
         dtype=ctx.machine["dtype"],
         progress=ctx.progress,
     )

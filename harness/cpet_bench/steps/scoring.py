@@ -13,7 +13,7 @@ def run_responses(ctx: Context) -> dict:
 
     adapters = [ctx.inputs["adapter"]] if "adapter" in ctx.inputs else []
     with ctx.model() as model, deploy(model, adapters) as deployed:
-        return respond(
+        facts = respond(
             deployed,
             ctx.tokenizer("model"),
             ctx.inputs["requests"],
@@ -23,6 +23,7 @@ def run_responses(ctx: Context) -> dict:
             progress=ctx.progress,
             should_stop=ctx.should_stop,
         )
+        return facts | {"attention": getattr(model.config, "_attn_implementation", None)}
 
 
 def run_probe(ctx: Context) -> dict:
@@ -35,7 +36,7 @@ def run_probe(ctx: Context) -> dict:
     settings = ProbeSettings.model_validate(ctx.settings["probes"])
     found = {}
     ctx.pool.clear()
-    reset_peak(ctx.machine["device"])
+    reset_peak(ctx.machine["owns"])
     with ctx.model() as model:
         pet, recover = ctx.settings["pet"], ctx.settings.get("recover")
         recovery = RecoverSettings(r=recover["r"], act=recover["act"]) if recover else None
@@ -44,7 +45,7 @@ def run_probe(ctx: Context) -> dict:
             if settings.throughput:
                 ctx.progress(0, 1, "speed")
                 tokenizer = load_tokenizer(ctx.inputs["model"])
-                found |= throughput.measure(deployed, tokenizer, settings.throughput, ctx.machine["device"])
+                found |= throughput.measure(deployed, tokenizer, settings.throughput, ctx.machine["owns"])
             if settings.memory:
                 found |= memory.measure(deployed, ctx.pool.load_seconds.get(ctx.keys["model"]))
     return {"probes": found}

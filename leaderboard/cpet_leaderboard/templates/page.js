@@ -106,12 +106,12 @@
   const clear = document.getElementById("clear");
   const picks = [...form.querySelectorAll(".pick")];
   const axis = (cell, name) => {
-    const value = name === "status" ? cell.status : name === "run" ? cell.run : cell.axes[name];
+    const value = name === "status" ? cell.status : name === "run" ? cell.run : name === "device used" ? cell.machine : cell.axes[name];
     return value === null || value === undefined ? "–" : String(value);
   };
   const haystack = cells.map((c) => {
     const why = c.reason ? `${c.reason.type} ${c.reason.message} ${c.reason.step}` : "";
-    return `${c.id} ${c.run} ${Object.values(c.axes).join(" ")} ${c.status} ${why}`.toLowerCase();
+    return `${c.id} ${c.run} ${c.machine} ${Object.values(c.axes).join(" ")} ${c.status} ${why}`.toLowerCase();
   });
   const markers = new Map();
   for (const mark of document.querySelectorAll(".scatter [data-row]")) {

@@ -1,0 +1,116 @@
+"""A matrix made ready to run: cells, steps, what is missing, what it takes, and what is left for a later run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import choice, devices
+from .cells import expand
+from .errors import InputError
+from .estimates import Estimates
+from .folders import read_json
+from .matrix import Matrix, load_matrix
+from .plan import Plan, Planner
+from .settings import seconds_of
+from .store import Store
+
+
+@dataclass
+class Prepared:
+    """A matrix made ready to run: cells, steps, where results go, and what each step is estimated to take."""
+
+    matrix: Matrix
+    plan: Plan
+    store: Store
+    machine: dict[str, Any]
+    folder: Path
+    estimates: Estimates
+    seconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # cell id → why it is left for a later run
+    budget: float | None = None  # seconds after which no further step is begun
+
+    @cached_property
+    def recorded(self) -> dict[str, str]:
+        """Cells whose record already says how they end with these very keys (id → done or unsupported)."""
+        found = {}
+        for cell_id, roles in self.plan.roles.items():
+            old = read_json(self.folder / "records" / f"{cell_id}.json")
+            if not isinstance(old, dict) or old.get("status") not in ("done", "unsupported"):
+                continue
+            kept = old["status"] != "done" or (self.folder / "outcomes" / f"{cell_id}.parquet").exists()
+            if kept and (old.get("provenance") or {}).get("keys") == roles:
+                found[cell_id] = old["status"]
+        return found
+
+    def missing(self) -> list[str]:
+        """Keys of steps that must run: not in the store, and needed by a result that is neither there nor recorded."""
+        wanted: set[str] = set()
+        open_ = (roles for i, roles in self.plan.roles.items() if i not in self.recorded and i not in self.left_out)
+        stack = [key for roles in open_ for key in roles.values()]
+        while stack:
+            key = stack.pop()
+            if key not in wanted and not self.store.has(key):
+                wanted.add(key)
+                stack.extend(self.plan.steps[key].needs.values())
+        return [key for key in self.plan.steps if key in wanted]
+
+    def choose(self, part: str | None, seed: int, budget: str | None) -> None:
+        """Leave cells out: all but a balanced part of them, then those that do not fit into the time."""
+        if part is not None:
+            kept = choice.sample(self.plan.cells, choice.share(part), seed)
+            self.left_out = {cell.id: f"left out by --sample {part}" for cell in self.plan.cells if cell.id not in kept}
+        if budget is None:
+            return
+        try:
+            self.budget = seconds_of(budget)
+        except ValueError as error:
+            raise InputError(f"{error}.", key="--budget") from None
+        missing = self.missing()
+        asked = [c for c in choice.useful(self.plan, missing, self.seconds) if c.id not in self.left_out]
+        clock = choice.Clock(self.plan, missing, self.seconds, self.machine)
+        fits = choice.within(self.plan, asked, missing, clock, self.budget)
+        self.left_out |= {cell.id: f"left out by --budget {budget}" for cell in asked if cell.id not in fits}
+
+    def time_needed(self, missing: list[str]) -> float:
+        """Seconds that running these steps takes at least, by the estimates, on the workers there are."""
+        return choice.Clock(self.plan, missing, self.seconds, self.machine).after(missing) if missing else 0.0
+
+
+def prepare(
+    path: str | Path | Matrix,
+    *,
+    only: tuple[str, ...] = (),
+    store: str | None = None,
+    runs: str | Path = "runs",
+    name: str | None = None,
+    device: list[str] | None = None,
+    cells: Collection[str] | None = None,
+    sample: str | None = None,
+    sample_seed: int = 0,
+    budget: str | None = None,
+) -> Prepared:
+    """Read and check a matrix and plan it. Raises InputError for whatever is wrong with it, before any work.
+
+    only: rules AXIS=NAME. cells: ids of those to plan (None: all). device: names of devices instead of the matrix's.
+    sample: a balanced part of the cells, as in `20%`; budget: the time to spend, as in `2h`. What these two leave out is
+    pending in the records.
+    """
+    matrix = path if isinstance(path, Matrix) else load_matrix(Path(path), only=list(only))
+    chosen = [cell for cell in expand(matrix) if cells is None or cell.id in cells]
+    settings = matrix.device if device is None else matrix.device.model_copy(update={"devices": device})
+    machine = devices.resolve(settings)
+    plan = Planner(matrix, machine).build(chosen)
+    name = name or matrix.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
+        raise InputError(f"A run cannot be named {name!r}: letters, digits and _ . + - only.", key="--name")
+    opened = Store(store)
+    estimates = Estimates(opened)
+    seconds = {key: estimates.seconds(step) for key, step in plan.steps.items()}
+    ready = Prepared(matrix, plan, opened, machine, Path(runs) / name, estimates, seconds)
+    ready.choose(sample, sample_seed, budget)
+    return ready

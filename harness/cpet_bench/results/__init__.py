@@ -1,0 +1,1 @@
+"""Results from several people and machines: a module a verb. Importing this loads nothing."""

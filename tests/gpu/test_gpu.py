@@ -1,0 +1,52 @@
+"""On an accelerator: the whole way in bfloat16, CUDA's own clock, and what a processor and a GPU must agree on."""
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+UNTUNED = "tiny--{}--none--none--smoke_sentiment--s0"
+
+
+def test_the_whole_way_on_a_gpu(cli):
+    matrix = cli.matrix("name: gpu\ndevice: {devices: [\"cuda:0\"], dtype: bfloat16}\n")
+    done = cli("run", matrix)
+    assert done.returncode == 0, done.stderr
+    records = cli.records("gpu")
+    assert len(records) == 12 and {r["status"] for r in records.values()} == {"done"}
+    for record in records.values():
+        assert record["probes"]["peak_device"]["value"] > 0
+        assert record["probes"]["prefill"]["device"].startswith("cuda")
+        assert record["provenance"]["device"]["name"] == torch.cuda.get_device_name(0)
+
+
+def test_float32_says_the_same_as_on_a_processor(smoke, cli):
+    """Without TF32 a dense model's log-probabilities differ by rounding alone."""
+    matrix = cli.matrix("name: gpu\ndevice: {devices: [\"cuda:0\"], dtype: float32, tf32: false}\n")
+    assert cli("run", matrix, "--only", "restoring=none", "--only", "compression=none").returncode == 0
+    here, there = (r[UNTUNED.format("none")]["metrics"] for r in (cli.records("gpu"), smoke.records))
+    assert here["acc"]["value"] == there["acc"]["value"]
+    assert here["log_loss"]["value"] == pytest.approx(there["log_loss"]["value"], abs=1e-3)
+
+
+def test_the_clock_of_a_gpu_waits_for_the_work():
+    """A large product takes the time that its operations must take: the clock does not stop when the kernel was only sent."""
+    from cpet_bench.probes.throughput import _seconds
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    a @ a
+    small = _seconds(lambda: a[:1024] @ a, "cuda:0")
+    large = _seconds(lambda: [a @ a for _ in range(4)], "cuda:0")
+    assert large > 5 * small
+
+
+def test_two_gpus_share_the_work(cli):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone here")
+    matrix = cli.matrix("name: two\ndevice: {devices: [\"cuda:0\", \"cuda:1\"], dtype: float32}\n")
+    done = cli("run", matrix)
+    assert done.returncode == 0, done.stderr
+    assert {e["device"] for e in cli.events("two") if e["event"] == "start"} == {"cuda:0", "cuda:1"}

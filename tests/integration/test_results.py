@@ -1,0 +1,332 @@
+"""Results that go from hand to hand: a real run validated, damaged, merged of halves, published, and run again."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import SMOKE, Cli
+from cpet_bench.cli.main import main
+from cpet_bench.errors import InputError
+from cpet_bench.results import files
+from cpet_bench.results.merge import merge
+from cpet_bench.results.publish import publish
+from cpet_bench.results.reproduce import reproduce
+from cpet_bench.results.validate import validate
+
+DENSE, TUNED = "tiny--none--none--none--smoke_sentiment--s0", "tiny--none--lora--vanilla--smoke_sentiment--s0"
+PRUNED = "tiny--wanda24--none--none--smoke_sentiment--s0"
+TEXT = """\
+# what we share
+name: shared
+probes: {throughput: false}
+include:
+  - {compression: none, restoring: [none, vanilla]}
+  - {compression: wanda24, restoring: none}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> SimpleNamespace:
+    """One real run of three cells, and its halves, computed from the same store."""
+    cli = Cli(tmp_path_factory.mktemp("shared"))
+    matrix = cli.matrix(TEXT)
+    done = cli("run", matrix)
+    assert done.returncode == 0, done.stderr
+    for name, only in (("half-a", "compression=none"), ("half-b", "compression=wanda24")):
+        assert cli("run", matrix, "--only", only, "--name", name, "--no-page").returncode == 0
+    runs = cli.folder / "runs"
+    return SimpleNamespace(cli=cli, run=runs / "shared", a=runs / "half-a", b=runs / "half-b", records=cli.records("shared"))
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A copy of the run that a test may damage."""
+    return shutil.copytree(made.run, tmp_path / "shared")
+
+
+def change(path, edit) -> None:
+    body = json.loads(path.read_text())
+    edit(body)
+    path.write_text(json.dumps(body))
+
+
+def rewrite(path, edit) -> None:
+    """Outcomes with other rows: edit(list of rows) → list of rows."""
+    table = pq.read_table(path)
+    pq.write_table(pa.Table.from_pylist(edit(table.to_pylist()), schema=table.schema), path)
+
+
+def record(folder, cell=DENSE):
+    return folder / "records" / f"{cell}.json"
+
+
+def outcomes(folder, cell=DENSE):
+    return folder / "outcomes" / f"{cell}.parquet"
+
+
+def flipped(rows, times=3):
+    """The first documents' accuracy the other way round."""
+    left = times
+    for row in rows:
+        if row["metric"] == "acc" and left:
+            row["value"], left = 1.0 - row["value"], left - 1
+    return rows
+
+
+# -- validate ------------------------------------------------------------------------------------------------------------
+def test_a_real_run_has_no_faults(made):
+    report = validate(made.run)
+    assert report.faults == [] and report.cells == 3 and report.statuses == {"done": 3} and report.unchecked == []
+    assert main(["validate", str(made.run)]) == 0
+
+
+def other_name(folder):
+    record(folder).rename(record(folder, "another"))
+
+
+DAMAGES = {
+    "a record gone": (lambda f: record(f).unlink(), "has no record"),
+    "outcomes gone": (lambda f: outcomes(f).unlink(), "there are no outcomes of cell"),
+    "outcomes cut": (lambda f: outcomes(f).write_bytes(outcomes(f).read_bytes()[:-9]), "damaged"),
+    "no JSON": (lambda f: record(f).write_text("{"), "damaged"),
+    "another schema": (lambda f: change(record(f), lambda r: r.update(schema=9)), "schema 9"),
+    "a key too many": (lambda f: change(record(f), lambda r: r.update(extra=1)), "extra"),
+    "another file name": (other_name, "not the file's name"),
+    "a copy under another name": (lambda f: shutil.copy(record(f), record(f, "copy")), "has another record"),
+    "other axes": (lambda f: change(record(f), lambda r: r["axes"].update(seed=7)), "its axes give"),
+    "another metric": (lambda f: change(record(f), lambda r: r["metrics"]["acc"].update(value=0.46)), "by its outcomes"),
+    "another AUROC": (lambda f: change(record(f), lambda r: r["metrics"]["auroc"].update(value=0.4)), "auroc is"),
+    "outside its interval": (lambda f: change(record(f), lambda r: r["metrics"]["acc"].update(low=0.99)), "outside its own"),
+    "fewer documents": (lambda f: change(record(f), lambda r: r["metrics"]["acc"].update(n=59)), "59 documents"),
+    "no such primary": (lambda f: change(record(f), lambda r: r.update(primary="f1")), "none of its metrics"),
+    "a reference to nowhere": (lambda f: change(record(f), lambda r: r["references"].update(dense="x")), "no cell of the run"),
+    "failed with results": (lambda f: change(record(f), lambda r: r.update(status="failed")), "gives no reason"),
+    "outcomes flipped": (lambda f: rewrite(outcomes(f), flipped), "acc is"),
+    "an outcome twice": (lambda f: rewrite(outcomes(f), lambda rows: [*rows, rows[0]]), "stand there twice"),
+    "an outcome lost": (lambda f: rewrite(outcomes(f), lambda rows: rows[1:]), "documents, the outcomes have 59"),
+    "outcomes of nothing": (lambda f: shutil.copy(outcomes(f), outcomes(f, "none")), "no record of this cell"),
+    "run.json cut": (lambda f: (f / "run.json").write_text("{"), "damaged"),
+    "run.json without cells": (lambda f: change(f / "run.json", lambda r: r.pop("cells")), "cells: "),
+    "a cell named twice": (lambda f: change(f / "run.json", lambda r: r["cells"].append(DENSE)), "names cells twice"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found(copied, name, capsys):
+    """By its hash; and, the hashes made to fit, by what it says."""
+    damage, wanted = DAMAGES[name]
+    damage(copied)
+    assert any(
+        f.what.startswith(("its content changed", "it has", "it is missing", "the manifest")) for f in validate(copied).faults
+    )
+    files.write_manifest(copied)
+    assert wanted in "\n".join(f.what for f in validate(copied).faults)
+    assert main(["validate", str(copied), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["exit_code"] == 1 and any(wanted in f["what"] for f in told["faults"])
+
+
+def test_all_faults_are_listed_and_a_manifest_cannot_lead_outside(copied, capsys):
+    record(copied).unlink()
+    change(record(copied, TUNED), lambda r: r["metrics"]["acc"].update(value=0.1))
+    body = json.loads((copied / "manifest.json").read_text())["files"] | {"../secret": {"bytes": 1, "sha256": "0"}}
+    (copied / "manifest.json").write_text(json.dumps({"files": body, "sha256": files.digest(body)}))
+    assert main(["validate", str(copied)]) == 1
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("it is missing", "acc is 0.1", "'../secret', which is no part of a run"))
+    assert main(["validate", str(copied.parent / "nothing")]) == 2
+
+
+def test_running_again_makes_a_damaged_run_whole(made, copied):
+    runs = copied.parent
+    outcomes(copied).unlink()
+    record(copied, TUNED).write_text("{")
+    again = made.cli("run", made.cli.folder / "matrix.yaml", "--runs", runs, "--no-page")
+    assert again.returncode == 0 and "everything is in the store" in again.stderr
+    assert validate(copied).faults == []
+
+
+# -- merge ---------------------------------------------------------------------------------------------------------------
+def comparable(body: dict) -> dict:
+    """A record without the moment it was written and what was estimated by then."""
+    provenance = {k: v for k, v in body["provenance"].items() if k != "created"}
+    costs = {k: v for k, v in body["costs"].items() if k != "estimated_seconds"}
+    return body | {"provenance": provenance, "costs": costs}
+
+
+def test_two_halves_are_the_whole(made, tmp_path):
+    assert json.loads(record(made.b, PRUNED).read_text())["references"]["dense"] is None
+    assert merge([made.b, made.a], tmp_path / "shared") == {"done": 3}
+    assert validate(tmp_path / "shared").faults == []
+    got = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "shared/records").iterdir()}
+    assert {k: comparable(v) for k, v in got.items()} == {k: comparable(v) for k, v in made.records.items()}
+    mine, whole = (json.loads((f / "run.json").read_text()) for f in (tmp_path / "shared", made.run))
+    assert mine["cells"] == whole["cells"] and mine["matrix"] == whole["matrix"]
+    assert [(s["name"], s["cells"]) for s in mine["sources"]] == [("half-b", [PRUNED]), ("half-a", [DENSE, TUNED])]
+    with pytest.raises(InputError, match="there already"):
+        merge([made.a, made.b], tmp_path / "shared")
+    ready = made.cli("plan", tmp_path / "shared/matrix.yaml", "--json")
+    assert ready.returncode == 0 and len(json.loads(ready.stdout)["cells"]) == 3
+
+
+def another_machine(folder):
+    """The run as another machine might have it: three answers differ."""
+    rewrite(outcomes(folder, TUNED), flipped)
+    values = pc.filter(*(lambda t: (t["value"], pc.equal(t["metric"], "acc")))(pq.read_table(outcomes(folder, TUNED))))
+
+    def edit(body):
+        body["metrics"]["acc"]["value"] = pc.mean(values).as_py()
+        body["provenance"]["device"]["name"] = "Another CPU"
+
+    change(record(folder, TUNED), edit)
+    files.write_manifest(folder)
+
+
+def test_conflicts_are_refused_by_name(made, copied, tmp_path, capsys):
+    another_machine(copied)
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="1 cell has different results") as caught:
+        merge([made.a, copied], out)
+    assert TUNED in str(caught.value) and "--prefer" in str(caught.value) and not list(tmp_path.glob("*out*"))
+    assert main(["merge", str(made.a), str(copied), "-o", str(out), "--prefer", str(copied)]) == 0
+    kept = json.loads(record(out, TUNED).read_text())
+    assert kept["provenance"]["device"]["name"] == "Another CPU" and validate(out).faults == []
+    names = {json.loads(p.read_text())["provenance"]["device"]["name"] for p in (out / "records").iterdir()}
+    assert len(names) == 2
+    capsys.readouterr()
+    assert main(["leaderboard", str(out)]) == 0
+    page = (out / "leaderboard.html").read_text()
+    assert "device used" in page and "Another CPU" in page
+    with pytest.raises(InputError, match="no(ne|t)|names none"):
+        merge([made.a, copied], tmp_path / "other", prefer="nobody")
+
+
+def test_what_cannot_be_merged(made, copied, tmp_path):
+    change(copied / "run.json", lambda r: r["matrix"]["train"].update(lr=1.0))
+    with pytest.raises(InputError, match="has faults"):
+        merge([made.a, copied], tmp_path / "out")
+    files.write_manifest(copied)
+    with pytest.raises(InputError, match="different matrices: train.lr differs"):
+        merge([made.a, copied], tmp_path / "out")
+    with pytest.raises(InputError, match="at least two"):
+        merge([made.a], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_done_cell_wins_over_a_pending_one(made, copied, tmp_path):
+    empty = {"metrics": {}, "primary": None, "probes": {}, "compression": None, "training": None, "simulated": []}
+    change(record(copied, PRUNED), lambda r: r.update(status="pending", **empty))
+    outcomes(copied, PRUNED).unlink()
+    files.write_manifest(copied)
+    assert validate(copied).faults == []
+    assert merge([copied, made.b], tmp_path / "out") == {"done": 3}
+
+
+# -- publish -------------------------------------------------------------------------------------------------------------
+def test_publishing_tells_nothing_of_the_machine(made, copied, tmp_path):
+    hidden = "/home/somebody/secret-project"
+    reason = {"type": "OSError", "message": f"no {hidden}/model.bin", "step": "tune", "log": f'File "{hidden}/x.py", line 1'}
+    empty = {"metrics": {}, "primary": None, "probes": {}, "compression": None, "training": None, "simulated": []}
+    change(record(copied, TUNED), lambda r: r.update(status="failed", reason=reason, **empty))
+    change(copied / "run.json", lambda r: r["device"].update(cache=f"{hidden}/cache"))
+    outcomes(copied, TUNED).unlink()
+    files.write_manifest(copied)
+    done = publish(copied, tmp_path / "results")
+    assert done.fresh and done.folder == tmp_path / "results/shared" and validate(done.folder).faults == []
+    there = {p.relative_to(done.folder).parts[0] for p in done.folder.rglob("*")}
+    assert there == {"records", "outcomes", "files", "run.json", "matrix.yaml", "manifest.json", "leaderboard.html"}
+    for path in (tmp_path / "results").rglob("*"):
+        if path.is_file() and path.suffix != ".parquet":
+            text = path.read_text()
+            assert "somebody" not in text and str(SMOKE.parent) not in text and str(made.cli.folder) not in text, path
+    failed = json.loads(record(done.folder, TUNED).read_text())["reason"]
+    assert failed["message"] == "no …/model.bin" and failed["log"] == 'File "…/x.py", line 1'
+    (row,) = json.loads((tmp_path / "results/index.json").read_text())["runs"]
+    assert row["name"] == "shared" and row["cells"] == {"done": 2, "failed": 1} and "torch" in row["versions"]
+    assert row["devices"] == [made.records[DENSE]["provenance"]["device"]["name"]]
+
+
+def test_a_published_run_is_not_lost(made, copied, tmp_path, capsys):
+    to = tmp_path / "results"
+    assert main(["publish", str(made.run), "--to", str(to), "--name", "ours"]) == 0
+    assert json.loads(record(to / "ours").read_text())["run"] == "ours"
+    before = (to / "ours/manifest.json").read_bytes()
+    assert main(["publish", str(made.run), "--to", str(to), "--name", "ours"]) == 0
+    assert "published before" in capsys.readouterr().out and (to / "ours/manifest.json").read_bytes() == before
+    another_machine(copied)
+    assert main(["publish", str(copied), "--to", str(to), "--name", "ours"]) == 2
+    assert TUNED in capsys.readouterr().err and (to / "ours/manifest.json").read_bytes() == before
+    assert main(["publish", str(copied), "--to", str(to), "--name", "ours", "--force"]) == 0
+    assert json.loads(record(to / "ours", TUNED).read_text())["provenance"]["device"]["name"] == "Another CPU"
+    assert sorted(p.name for p in to.iterdir()) == ["index.json", "ours"]
+
+
+def test_what_is_not_published(made, copied, tmp_path):
+    for run, more, why in ((copied, {"name": "../x"}, "cannot be named"), (copied, {}, "validate finds faults")):
+        if not more:
+            record(copied).write_text("{")
+        with pytest.raises(InputError, match=why):
+            publish(run, tmp_path / "results", **more)
+    pending = shutil.copytree(made.b, tmp_path / "pending")
+    empty = {"metrics": {}, "primary": None, "probes": {}, "compression": None, "training": None, "simulated": []}
+    change(record(pending, PRUNED), lambda r: r.update(status="pending", **empty))
+    outcomes(pending, PRUNED).unlink()
+    files.write_manifest(pending)
+    with pytest.raises(InputError, match="1 of 1 cells are pending"):
+        publish(pending, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    assert publish(pending, tmp_path / "results", partial=True).statuses == {"pending": 1}
+
+
+# -- reproduce -----------------------------------------------------------------------------------------------------------
+def test_a_published_cell_is_reproduced_from_nothing(made, tmp_path):
+    """From the published folder alone, elsewhere, with a fresh store: bit for bit on the same machine."""
+    published = publish(made.run, tmp_path / "results").folder
+    moved = shutil.move(published, tmp_path / "elsewhere")
+    own = Cli(tmp_path)
+    done = own("reproduce", moved, "--cell", TUNED, "--json")
+    assert done.returncode == 0, done.stderr
+    (cell,) = json.loads(done.stdout)["cells"]
+    assert cell["reproduced"] and cell["equal"] == 1.0 and cell["documents"] == 60 and cell["changed"] == []
+    assert cell["logprob_max"] == 0.0 and {m["name"] for m in cell["metrics"]} == {"acc", "auroc", "log_loss"}
+    assert all(m["now"] == m["kept"] for m in cell["metrics"])
+    assert not (tmp_path / "store").exists() and not (tmp_path / "runs").exists()
+
+
+def test_false_results_are_not_reproduced(made, copied, capsys, monkeypatch):
+    """Against the true store, so that nothing needs computing."""
+    store = made.cli.env["CPET_BENCH_STORE"]
+    words = ["reproduce", str(copied), "--cell", DENSE, "--store", store]
+    assert main(words) == 0 and "reproduced" in capsys.readouterr().out
+    rewrite(outcomes(copied), flipped)
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "NOT reproduced: 95.0% of the outcomes are equal" in out and "0 of 1 cells" in out
+    shutil.copy(outcomes(made.run), outcomes(copied))
+    change(record(copied), lambda r: r["metrics"]["acc"].update(value=0.9, low=0.8, high=0.95))
+    change(record(copied), lambda r: r["provenance"]["versions"].update(torch="1.0"))
+    report = reproduce(copied, cells=[DENSE], store=store)
+    (cell,) = report.cells
+    assert report.exit_code == 1 and cell.equal == 1.0 and "acc is 0.45, kept 0.9" in cell.why
+    assert any(c.startswith("torch 1.0 → ") for c in cell.changed)
+
+
+def test_what_cannot_be_reproduced(copied, capsys):
+    words = ["reproduce", str(copied), "--store", str(copied / "store")]
+    assert main([*words, "--cell", TUNED[:-1] + "9"]) == 2 and TUNED in capsys.readouterr().err
+    change(
+        copied / "run.json",
+        lambda r: r["outside"].append({"key": ["model", "m"], "place": "local:files/model/m", "why": "big"}),
+    )
+    assert main(words) == 2 and "put it at" in capsys.readouterr().err
+    change(copied / "run.json", lambda r: r.update(outside=[]))
+    matrix = copied / "matrix.yaml"
+    matrix.write_text(matrix.read_text() + "\nallow_code: true\n" if "allow_code" not in matrix.read_text() else "")
+    assert main(words) == 2 and "--allow-code" in capsys.readouterr().err
+    matrix.unlink()
+    assert main(words) == 2 and "keeps no matrix" in capsys.readouterr().err
