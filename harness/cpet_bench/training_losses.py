@@ -91,7 +91,7 @@ def distill_loss(states: States, teacher: dict[str, torch.Tensor], settings: Dis
     teacher: by part, (tokens x width), the documents one after the other as in `states`. CPET (arXiv 2307.07705) 3.3: one
     term on the last hidden state; its T5 code has two, 0.005 on the encoder's and 0.05 on the decoder's.
     """
-    total = 0.0
+    total = states.hidden.new_zeros((), dtype=torch.float32)
     for part, weight in distill_weights(settings, states).items():
         if weight:
             student = distilled(states, part).float()

@@ -170,7 +170,8 @@ def test_thirty_kills(smoke, cli, tmp_path):
             if rng.random() < 0.5:
                 trial.again()
             trial.start()
-        if trial.wait(lambda end=time.monotonic() + rng.uniform(0.3, took): time.monotonic() > end, took + 60):
+        end = time.monotonic() + rng.uniform(0.3, took)
+        if trial.wait(lambda end=end: time.monotonic() > end, took + 60):
             trial.kill(*who)
             hits += 1
         else:

@@ -17,7 +17,11 @@ from cpet_bench.pet import methods
 from cpet_bench.restoring import recover
 from cpet_bench.settings import PetSettings, RecoverSettings
 
-PLAIN = {"gelu": lambda z: 0.5 * z * (1 + torch.erf(z / 2**0.5)), "sigmoid": lambda z: 1 / (1 + torch.exp(-z)), "identity": lambda z: z}
+PLAIN = {
+    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / 2**0.5)),
+    "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
+    "identity": lambda z: z,
+}
 KINDS = ("llama", "gpt2", "t5", "nf4", "int8")
 
 
@@ -65,7 +69,8 @@ def test_product_and_gradients_are_those_of_the_formula(act, scale, shape):
     (wanted * weight).sum().backward()
     torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-5)
     for mine, theirs, name in zip(ours, exact, ("x", "y", "U1", "U2"), strict=True):
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=2e-4, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        close = {"atol": 2e-4, "rtol": 1e-5}
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, **close, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("act", PLAIN)
@@ -151,7 +156,7 @@ def test_a_pet_module_on_the_same_layer_adds_up(folders, kind):
     model, bare = load_model(folders / kind), load_model(folders / kind)
     methods.attach(model, pet)
     recover.attach_recovery(model, RecoverSettings(r=4), seed=0)
-    layers = [n for n in block_linears(bare)]
+    layers = list(block_linears(bare))
     weights = filled(model)
     assert sorted(weights) == sorted(layers)  # named as in the bare model, without PEFT's base_layer
     g = torch.Generator().manual_seed(7)
@@ -268,7 +273,8 @@ def test_what_does_not_fit_is_named(folders, tmp_path):
     recover.detach_recovery(model)
     tiny.make("llama", {**tiny.DEFAULTS, "intermediate": 96}, tmp_path / "narrow")
     tiny.make("llama", {**tiny.DEFAULTS, "layers": 1}, tmp_path / "short")
-    for name, pattern in {"narrow": r"mlp.down_proj.U1 is \[4, 128\], here \[4, 96\]", "short": "no layer model.layers.1"}.items():
+    narrow = r"mlp.down_proj.U1 is \[4, 128\], here \[4, 96\]"
+    for name, pattern in {"narrow": narrow, "short": "no layer model.layers.1"}.items():
         with pytest.raises(StepFailed, match=pattern):
             recover.attach_saved_recovery(load_model(tmp_path / name), tmp_path / "good")
     weights = load_file(tmp_path / "good/recovery.safetensors")

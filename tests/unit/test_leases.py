@@ -139,7 +139,8 @@ def test_failpoints(tmp_path, monkeypatch):
     failpoints.failpoint("x")  # unset: nothing
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
-    code = "import sys; from cpet_bench.failpoints import failpoint as f; f('y'); f('x', of='b'); f('x', of='a', path=sys.argv[1])"
+    code = "import sys; from cpet_bench.failpoints import failpoint as f; "
+    code += "f('y'); f('x', of='b'); f('x', of='a', path=sys.argv[1])"
 
     def run(point):
         env = {**os.environ, "CPET_BENCH_FAILPOINT": point}

@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--quota",
         metavar="SIZE",
         default=os.environ.get("CPET_BENCH_QUOTA"),
-        help="what the store may hold after the run, as in 20G: what was not used for longest goes (default: $CPET_BENCH_QUOTA)",
+        help="what the store may hold after the run, as in 20G: the longest unused goes (default: $CPET_BENCH_QUOTA)",
     )
 
 

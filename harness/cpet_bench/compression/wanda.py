@@ -74,7 +74,7 @@ def prune(model, layers: dict[str, Any], examples: list[list[int]], settings: Wa
         batches = first_inputs(model, blocks, examples)
         for i, block in enumerate(blocks):
             mine = {n: m for n, m in layers.items() if n.startswith(f"{name}.{i}.")}
-            squares = {n: 0.0 for n in mine}
+            squares: dict[str, Any] = dict.fromkeys(mine, 0.0)
             keep: dict[str, Any] = {}
             hooks = [m.register_forward_pre_hook(_square(n, squares, keep)) for n, m in mine.items()]
             for batch in batches:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import StepFailed
 from .loading import load_model, survives_eval
 
 CANARY = (3, 1, 4, 1, 5, 9, 2, 6)
@@ -18,6 +19,8 @@ class ModelPool:
 
     A model comes back as it was: the logits of a fixed input are compared bit for bit with those of the fresh model, and
     on a difference, or for kinds known not to survive (4-bit weights that a forward pass repacks), it is loaded afresh.
+    One that was lent for `eval` and computes something else afterwards may have done so while it was evaluated: that is a
+    StepFailed, and no result.
     """
 
     def __init__(self, capacity: int = 2):
@@ -70,9 +73,12 @@ class ModelPool:
             broken = False
         finally:
             if not broken and entry["canary"] is not None and not (fragile and purpose == "train"):
-                broken = not same(canary(model), entry["canary"])
+                now = canary(model)
+                broken = not same(now, entry["canary"])
                 if broken:
                     self.reloads.append(key)
+                if purpose == "eval" and differs(now, entry["canary"]):
+                    raise StepFailed("the model was changed while it was evaluated, so what it said is not to be trusted")
             if not broken and not (fragile and purpose == "train"):
                 self._models[at] = entry
             del model, entry
@@ -89,6 +95,11 @@ def canary(model) -> Any:
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"use_cache": False}
     with torch.inference_mode():
         return model(input_ids=ids, **more).logits.float().cpu()
+
+
+def differs(a, b) -> bool:
+    """Whether logits differ by more than the order of additions can explain."""
+    return a.shape != b.shape or not float((a - b).abs().max()) <= 0.02 * float(b.abs().max())
 
 
 def same(a, b) -> bool:

@@ -52,7 +52,7 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
         StepFailed: names or shapes differ from what the model takes.
         InputError: the folder holds no such adapter.
     """
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     _refuse_recovery(model)
@@ -64,13 +64,35 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     _inject(model, config, name, 0)
     wrapper = getattr(model, _KEPT)["wrapper"]
     given = load_file(weights)
-    expected = get_peft_model_state_dict(wrapper, adapter_name=name, save_embedding_layers=False)
+    expected = _state(wrapper, name)
     problems = differences({k: tuple(v.shape) for k, v in given.items()}, {k: tuple(v.shape) for k, v in expected.items()})
     if problems:
         detach(model)
         raise StepFailed(f"The adapter does not fit this model: {problems}")
-    set_peft_model_state_dict(wrapper, given, adapter_name=name)
+    held = {id(t) for t in _tensors(wrapper).values()}
+    if all(id(t) in held for t in expected.values()):
+        with torch.no_grad():
+            for key, tensor in expected.items():
+                tensor.copy_(given[key])
+    else:  # a method whose file holds something else than its weights
+        set_peft_model_state_dict(wrapper, given, adapter_name=name)
     return model
+
+
+def _state(wrapper: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names PEFT saves them under.
+
+    Never by way of the model's `state_dict()`: bitsandbytes (0.50) unpacks 4-bit weights that were packed for evaluation
+    when it is called, but not their scales, and the model computes something else from then on.
+    """
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(wrapper, state_dict=_tensors(wrapper), adapter_name=name, save_embedding_layers=False)
+
+
+def _tensors(wrapper: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers themselves, by their names."""
+    return dict(wrapper.named_parameters(remove_duplicate=False)) | dict(wrapper.named_buffers(remove_duplicate=False))
 
 
 def differences(given: dict[str, tuple], expected: dict[str, tuple], shown: int = 6) -> str:
@@ -94,13 +116,12 @@ def differences(given: dict[str, tuple], expected: dict[str, tuple], shown: int 
 
 def save(model: nn.Module, folder: Path, name: str = "default") -> None:
     """Write the PET module in PEFT's own format; the same weights and settings give the same bytes."""
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     wrapper = getattr(model, _KEPT)["wrapper"]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(wrapper, adapter_name=name, save_embedding_layers=False)
+    state = _state(wrapper, name)
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = _plain(wrapper.peft_config[name].to_dict())
