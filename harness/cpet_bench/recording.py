@@ -94,7 +94,7 @@ class Recorder:
             "references": references(cell, self.ids),
             "provenance": {
                 "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-                "device": {**machine, "cores": os.cpu_count(), "system": platform.platform()},
+                "device": {**machine, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
                 "commit": commit(),
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "keys": self.plan.roles[cell.id],
