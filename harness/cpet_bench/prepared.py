@@ -103,7 +103,7 @@ def prepare(
     matrix = path if isinstance(path, Matrix) else load_matrix(Path(path), only=list(only))
     chosen = [cell for cell in expand(matrix) if cells is None or cell.id in cells]
     settings = matrix.device if device is None else matrix.device.model_copy(update={"devices": device})
-    machine = devices.resolve(settings)
+    machine = devices.resolve(settings) | ({"allow_code": True} if matrix.allow_code else {})
     plan = Planner(matrix, machine).build(chosen)
     name = name or matrix.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):

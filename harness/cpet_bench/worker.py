@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, StepFailed, StopError, Stopping, Unsupported
+from .models.loading import allow_code
 from .steps import KINDS
 from .store import Damaged, Store
 
@@ -67,6 +68,7 @@ class Worker:
         self.machine = {"owns": [message["machine"]["device"]], **message["machine"]}
         self.store = Store(message["store"])
         self.store.fs.invalidate_cache()
+        allow_code(self.machine.get("allow_code", False))
 
     def _prepare(self) -> None:
         """Load torch once, when the first step that wants it comes."""

