@@ -113,12 +113,17 @@ def test_half_precision_inputs_keep_fp32_weights():
     torch.testing.assert_close(out.float(), wanted, atol=0.1, rtol=0.05)
 
 
+def tensor_names(model) -> list[str]:
+    """Not by `state_dict()`, which breaks 4-bit weights once packed (see `cpet_bench.pet.methods`)."""
+    return [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+
+
 # -- on models ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("act", PLAIN)
 def test_zero_start_leaves_the_model_bit_identical(folders, kind, act):
     model = load_model(folders / kind)
-    before, names = answer(model), list(model.state_dict())
+    before, names = answer(model), tensor_names(model)
     recover.attach_recovery(model, RecoverSettings(r=4, act=act), seed=0)
     assert torch.equal(answer(model), before)
     layers = block_linears(model)
@@ -128,7 +133,7 @@ def test_zero_start_leaves_the_model_bit_identical(folders, kind, act):
     assert not torch.equal(answer(model), before)
     recover.detach_recovery(model)
     assert torch.equal(answer(model), before)
-    assert list(model.state_dict()) == names and recover.recovery_parameters(model) == 0
+    assert tensor_names(model) == names and recover.recovery_parameters(model) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
