@@ -14,7 +14,7 @@ from typing import Any
 from . import registry
 from .cells import Cell
 from .errors import InputError
-from .evaluation.tasks import task_spec
+from .evaluation.tasks import portable, task_spec
 from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
 from .models.sources import adapter_identity
@@ -107,11 +107,13 @@ class Planner:
         return " ".join(f"s{v}" if k == "seed" else str(v) for k, v in cell.axes.items() if k != skip)
 
     @once("task")
-    def _spec(self, cell: Cell, other: str | None = None) -> dict:
-        """The spec of the cell's task, or of another one that its files or lm-eval know."""
+    def _spec(self, cell: Cell, other: str | None = None) -> tuple[dict, dict]:
+        """The spec of the cell's task, or of another one that its files or lm-eval know; and params: where its folder is."""
         task = TaskSettings(include=cell.task.include) if other else cell.task
         name = other or cell.task_name
-        return self._placed(lambda: task_spec(task, name, self.base, self.allow_code), "task", cell.axes["task"])
+        spec = self._placed(lambda: task_spec(task, name, self.base, self.allow_code), "task", cell.axes["task"])
+        spec, folder = portable(spec)
+        return spec, {"task_folder": folder} if folder else {}
 
     @once("model")
     def _model(self, cell: Cell) -> str:
@@ -125,8 +127,9 @@ class Planner:
         data = cell.task.train_data if task is None else None
         name = task or (data.task if data and data.task else cell.task_name)
         other = data if data and not data.task else None
+        spec, where = self._spec(cell, name)
         settings = {
-            "spec": self._spec(cell, name),
+            "spec": spec,
             "train_data": other,
             "split": data.split if data else "train",
             "prompt": cell.prompt,
@@ -138,7 +141,7 @@ class Planner:
             settings["content"] = self._placed(lambda: _content(file), "task", cell.axes["task"], "train_data", "jsonl")
         needs = {"tokenizer": self._model(cell)}
         label = f"training text of {name} ({documents})"
-        return self._add("pairs", settings, needs, label, params={"base": str(self.base)}, work=documents)
+        return self._add("pairs", settings, needs, label, params={"base": str(self.base), **where}, work=documents)
 
     def _calibration(self, cell: Cell, calibration: CalibrationSettings) -> str:
         return self._pairs(cell, calibration.documents, calibration.max_tokens, calibration.task)
@@ -268,10 +271,11 @@ class Planner:
         return self._add("probe", settings, needs, f"probe {' '.join(names)}", packages=packages)
 
     @once("model", "task")
-    def _requests(self, cell: Cell) -> tuple[str, Fixed]:
-        shared = fixed({"spec": self._spec(cell), "prompt": cell.prompt, "limit": cell.task.limit})
+    def _requests(self, cell: Cell) -> tuple[str, Fixed, dict]:
+        spec, where = self._spec(cell)
+        shared = fixed({"spec": spec, "prompt": cell.prompt, "limit": cell.task.limit})
         needs, label = {"tokenizer": self._model(cell)}, f"requests of {cell.axes['task']}"
-        return self._add("requests", shared, needs, label, work=cell.task.limit or 1000), shared
+        return self._add("requests", shared, needs, label, params=where, work=cell.task.limit or 1000), shared, where
 
     def _cell(self, cell: Cell) -> dict[str, str]:
         roles = {"model": self._model(cell)}
@@ -281,14 +285,14 @@ class Planner:
             roles["tune"] = self._tune(cell)
             if cell.restoring.inherit or cell.restoring.distill:
                 roles["dense_tune"] = self._tune(cell.dense)
-        requests, shared = self._requests(cell)
+        requests, shared, where = self._requests(cell)
         work, name = cell.task.limit or 1000, self._name(cell)
         needs = {"model": roles.get("compress", roles["model"]), "requests": requests}
         if "tune" in roles:
             needs["adapter"] = roles["tune"]
         roles["responses"] = self._add("responses", self.scoring, needs, f"score {name}", work=work)
         needs = {"requests": requests, "responses": roles["responses"], "tokenizer": roles["model"]}
-        roles["metrics"] = self._add("metrics", shared, needs, f"metrics {name}", work=work)
+        roles["metrics"] = self._add("metrics", shared, needs, f"metrics {name}", params=where, work=work)
         if cell.probes.throughput or cell.probes.memory:
             roles["probe"] = self._probe(cell)
         return roles

@@ -113,6 +113,17 @@ def test_plan_says_why_a_step_will_run(smoke, tmp_path):
     assert plan["total"]["seconds"] > 0 and plan["total"]["cells"] == 12
 
 
+def test_a_checkout_elsewhere_shares_the_store(smoke, tmp_path):
+    """Keys hold what the user's task files say, not where they lie."""
+    copy = shutil.copytree(SMOKE.parent, tmp_path / "elsewhere")
+    plan = json.loads(smoke.cli("plan", copy / SMOKE.name, "--json").stdout)
+    assert plan["steps"] and all(s["cached"] for s in plan["steps"])
+    file = next((copy / "smoke_task").glob("*.yaml"))
+    file.write_text(file.read_text().replace("version: 1.0", "version: 2.0"))
+    plan = json.loads(smoke.cli("plan", copy / SMOKE.name, "--json").stdout)
+    assert not any(s["cached"] for s in plan["steps"] if s["kind"] in ("pairs", "requests", "metrics"))
+
+
 def test_same_seed_same_results(smoke, cli):
     """A second time from an empty store: the same metrics, the same outcomes, the same trained bytes."""
     only = ["--only", "compression=none,wanda24", "--only", "restoring=none,vanilla,cpet-eora"]

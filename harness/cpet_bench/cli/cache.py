@@ -56,7 +56,7 @@ def matching(store: Store, beginnings: list[str]) -> list[str]:
 
 
 def human(number: float) -> str:
-    return f"{number / 2**20:,.1f} MB"
+    return f"{number / 2**20:,.1f} MiB"
 
 
 def named(manifest: Manifest) -> str:

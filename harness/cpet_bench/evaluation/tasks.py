@@ -16,6 +16,7 @@ from .catalogue import closure, lm_eval_folder, lm_eval_tasks, metric_names, our
 from .task_files import FUNCTION, file_hash, foreign_metrics, functions, localise, read_yaml, yaml_files
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
+FOLDER = "${folder}"  # in a key, the user's task folder: the same files have the same key wherever they lie
 
 
 def task_spec(task: TaskSettings, name: str, base: Path, allow_code: bool = False) -> dict[str, Any]:
@@ -48,6 +49,26 @@ def task_spec(task: TaskSettings, name: str, base: Path, allow_code: bool = Fals
     if name in own:
         return spec | {"origin": "lm_eval", "external": [name]}
     raise InputError(f"There is no task {name!r}.", key="task", given=name, allowed=[*known, *own])
+
+
+def portable(spec: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """A spec in which FOLDER stands for the user's task folder, and that folder; `placed` is the way back."""
+    folder = spec.get("folder")
+    return (_moved(spec, folder, FOLDER), folder) if folder else (spec, None)
+
+
+def placed(spec: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """The spec of a portable one, whose task folder is `folder` on this machine."""
+    return _moved(spec, FOLDER, folder) if folder else spec
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {_moved(k, old, new): _moved(v, old, new) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_moved(v, old, new) for v in value]
+    inside = isinstance(value, str) and (value == old or value.startswith(old + "/"))
+    return new + value[len(old) :] if inside else value
 
 
 def _table(folder: Path) -> dict[str, dict[str, Any]]:

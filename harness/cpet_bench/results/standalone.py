@@ -14,7 +14,7 @@ import yaml
 
 from ..errors import InputError, StopError
 from ..evaluation.task_files import _Loader, read_yaml
-from ..evaluation.tasks import _table
+from ..evaluation.tasks import _table, placed
 from ..yamlpos import parse, scalar
 
 LIMIT = 8 << 20  # bytes; what is larger is named, not kept
@@ -146,7 +146,8 @@ def _file(item: Item) -> Item:
 def _task(item: Item, steps: list) -> Item:
     """The YAML, data and code files of the planned tasks in a user's folder; of a task that is not planned none."""
     folder = item.path.resolve()
-    specs = [s for s in (step.settings.get("spec") for step in steps) if s and s.get("folder") == str(folder)]
+    mine = [step for step in steps if step.params.get("task_folder") == str(folder)]
+    specs = [placed(step.settings["spec"], str(folder)) for step in mine]
     if not specs:
         return item
     table, found = _table(folder), set()

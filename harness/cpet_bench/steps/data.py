@@ -12,6 +12,12 @@ def _prompt(ctx: Context) -> PromptSettings:
     return PromptSettings.model_validate(ctx.settings["prompt"])
 
 
+def _spec(ctx: Context) -> dict:
+    from ..evaluation.tasks import placed
+
+    return placed(ctx.settings["spec"], ctx.params.get("task_folder"))
+
+
 def run_pairs(ctx: Context) -> dict:
     """Training examples out of an lm-eval task, a JSONL file or a `datasets` set."""
     from ..evaluation.pairs import build_pairs
@@ -22,7 +28,7 @@ def run_pairs(ctx: Context) -> dict:
         if data.jsonl:
             data = data.model_copy(update={"jsonl": str(Path(ctx.params["base"], data.jsonl))})
     return build_pairs(
-        s["spec"], data, _prompt(ctx), ctx.tokenizer(), ctx.out, s["documents"], s["max_tokens"], split=s["split"]
+        _spec(ctx), data, _prompt(ctx), ctx.tokenizer(), ctx.out, s["documents"], s["max_tokens"], split=s["split"]
     )
 
 
@@ -30,7 +36,7 @@ def run_requests(ctx: Context) -> dict:
     """What lm-eval asks, once per task, prompt and tokenizer."""
     from ..evaluation.requests import build_requests
 
-    return build_requests(ctx.settings["spec"], _prompt(ctx), ctx.tokenizer(), ctx.out, limit=ctx.settings["limit"])
+    return build_requests(_spec(ctx), _prompt(ctx), ctx.tokenizer(), ctx.out, limit=ctx.settings["limit"])
 
 
 def run_metrics(ctx: Context) -> dict:
@@ -39,7 +45,7 @@ def run_metrics(ctx: Context) -> dict:
 
     s = ctx.settings
     found = measure(
-        s["spec"],
+        _spec(ctx),
         _prompt(ctx),
         ctx.inputs["requests"],
         ctx.inputs["responses"],
