@@ -298,6 +298,18 @@ def test_a_published_cell_is_reproduced_from_nothing(made, tmp_path):
     assert not (tmp_path / "store").exists() and not (tmp_path / "runs").exists()
 
 
+def test_the_number_format_is_the_kept_one(made, copied, capsys):
+    """Of a matrix that left it to the machine, whose choice may be another one elsewhere."""
+    matrix = copied / "matrix.yaml"
+    assert "dtype: float32" in matrix.read_text()
+    matrix.write_text(matrix.read_text().replace("dtype: float32", "dtype: auto"))
+    change(record(copied, DENSE), lambda r: r["provenance"]["device"].update(dtype="bfloat16"))
+    files.write_manifest(copied)
+    assert main(["reproduce", str(copied), "--cell", DENSE, "--json"]) == 0
+    (cell,) = json.loads(capsys.readouterr().out)["cells"]
+    assert cell["changed"] == [] and 0 < cell["logprob_max"] < 0.1  # computed in bfloat16; the outcomes kept are float32's
+
+
 def test_false_results_are_not_reproduced(made, copied, capsys, monkeypatch):
     """Against the true store, so that nothing needs computing."""
     store = made.cli.env["CPET_BENCH_STORE"]

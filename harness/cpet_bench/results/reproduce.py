@@ -95,6 +95,7 @@ def reproduce(
         cells: ids, or patterns of them (none: every cell that is done). store: default a fresh one, dropped afterwards.
         device: as of `run`. allow_code: whether a matrix may run code of its own. keep: a folder for the new run.
 
+    Where the matrix leaves the number format to the machine (`dtype: auto`), it is the one that the records name.
     A cell is reproduced when at least 98 % of its right-or-wrong outcomes are equal, document by document, and every metric
     lies within the kept interval (where there is none: within 1 %). Speeds are not compared. Raises InputError for a run that
     lacks what it needs, StopError for disk, store and network.
@@ -107,7 +108,7 @@ def reproduce(
     wanted = [cell for cell in chosen if cell not in report.skipped]
     if not wanted:
         raise InputError(f"none of these cells is done in {run}: there is nothing to compare with", given=", ".join(chosen))
-    matrix = _matrix(folder, info, allow_code)
+    matrix = _formatted(_matrix(folder, info, allow_code), [records[cell] for cell in wanted])
     with tempfile.TemporaryDirectory(prefix="cpet-bench-") as fresh:
         runs = keep or Path(fresh, "runs")
         ready = prepare(matrix, store=store or str(Path(fresh, "store")), runs=runs, device=device, cells=wanted)
@@ -145,6 +146,14 @@ def _matrix(folder: Path, info: dict[str, Any], allow_code: bool):
     if matrix.allow_code and not allow_code:
         raise InputError("this run's matrix says allow_code: true: it runs code of its own. Read it, then add --allow-code.")
     return matrix.model_copy(update={"probes": ProbeSettings(throughput=None, memory=False)})
+
+
+def _formatted(matrix, records: list[dict[str, Any]]):
+    """The matrix with the number format its cells were computed in, where it left the choice to the machine's speed."""
+    kept = {record["provenance"]["device"].get("dtype") for record in records} - {None}
+    if matrix.device.dtype != "auto" or len(kept) != 1:
+        return matrix
+    return matrix.model_copy(update={"device": matrix.device.model_copy(update={"dtype": kept.pop()})})
 
 
 def compare(folder: Path, old: dict[str, Any], again: Path) -> CellCheck:
