@@ -2,13 +2,17 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test check benchmark clean
+.PHONY: run test reproduce check benchmark clean
 
 run: $(VENV)/.installed
 	$(BIN)/cpet-bench run matrix.yaml
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# one published cell, from nothing: fetches the model, prunes it, scores it; two minutes
+reproduce: $(VENV)/.installed
+	$(BIN)/cpet-bench reproduce results/default --cell smollm2--wanda24--none--none--movie_reviews--s0
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
