@@ -12,9 +12,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cpet_bench.errors import InputError, StopError
+from cpet_bench.evaluation.task_files import read_yaml
 from cpet_bench.evaluation.tasks import load_tasks, task_spec
 from cpet_bench.settings import PromptSettings, TaskSettings
 from cpet_tasks import vader
@@ -174,8 +174,9 @@ def test_entities_and_white_space_are_made_plain(tmp_path):
 # -- task files --------------------------------------------------------------------------------------------------------
 def test_every_task_file_names_a_kept_file_and_belongs_to_the_group():
     folder = Path(vader.__file__).parent
-    files = {p.stem: yaml.safe_load(p.read_text()) for p in folder.glob("*.yaml") if p.stem != "_vader"}
-    group = files.pop("cpet_sentiment")
+    files = {p.stem: read_yaml(p) for p in folder.glob("*.yaml") if p.stem != "_vader"}
+    group, plain = files.pop("cpet_sentiment"), files.pop("movie_snippets")
+    assert plain["dataset_kwargs"] == files["movie_reviews"]["dataset_kwargs"]  # the same sentences, as text
     assert {c["task"]: c["dataset_kwargs"]["file"] for c in files.values()} == NAMES
     assert set(group["task"]) == set(NAMES) and set(vader.MIN) == set(vader.FILES) == set(NAMES.values())
 
@@ -201,6 +202,18 @@ def test_lm_eval_asks_about_the_splits(archive, monkeypatch):
         text, label = documents[0]["text"], documents[0]["label"]
         assert task.doc_to_text(documents[0]) == f"Tweet: {text}\nOverall, the sentiment of this tweet is"
         assert task.doc_to_choice(documents[0])[task.doc_to_target(documents[0])] == vader.LABELS[label]
+
+
+def test_sentences_as_plain_text(archive, monkeypatch):
+    path = Path(vader.__file__)
+    monkeypatch.setitem(sys.modules, str(path.with_suffix("")), vader)
+    monkeypatch.setattr(vader, "__mtime__", path.stat().st_mtime_ns, raising=False)
+    task = load_tasks(task_spec(TaskSettings(), "movie_snippets", archive.parent), PromptSettings())["tasks"]["movie_snippets"]
+    documents = list(task.eval_docs)
+    assert documents == list(vader.load("movieReviewSnippets")["test"])
+    task.build_all_requests(limit=3)
+    assert [i.args[0] for i in task.instances] == [d["text"] for d in documents[:3]]
+    assert set(task.aggregation()) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
 
 
 @pytest.mark.slow
