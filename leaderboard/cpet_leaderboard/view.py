@@ -107,6 +107,9 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
     def inherited(e: Entry) -> int | None:
         return e.training("inherited", "steps") if e.done and e.record.get("training") else None
 
+    def compressing(e: Entry) -> float | None:
+        return (e.record.get("compression") or {}).get("seconds")
+
     def of_primary(e: Entry) -> float | None:
         return value(e.metric(e.record.get("primary")))
 
@@ -126,6 +129,7 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
         sized("resident", "resident"),
         speed("prefill"),
         speed("decode"),
+        Column("compress_seconds", "compressing", "Cost", compressing, figure, "lower", unit="s"),
         Column("train_seconds", "training", "Cost", lambda e: e.training("seconds"), figure, "lower", unit="s"),
         Column("inherited", "from D", "Cost", inherited, figure, "lower", from_d, "steps"),
         Column("seconds", "in all", "Cost", cost, figure, "lower", unit="s"),
