@@ -115,7 +115,7 @@ class Recorder:
         found = {role: self.store.manifest(key) for role, key in roles.items()}
         metrics = found["metrics"].facts["metrics"]
         probes = dict(found["probe"].facts["probes"]) if "probe" in found else {}
-        simulated = sorted({s for m in self._chain(cell) for s in m.facts.get("simulated", [])})
+        simulated = sorted({s for _, m in self._chain(cell) for s in m.facts.get("simulated", [])})
         for name in ("prefill", "decode"):
             if name in probes:
                 probes[name] = {**probes[name], "simulated": "speed" in simulated}
@@ -138,13 +138,13 @@ class Recorder:
         record["provenance"]["device"]["attention_used"] = found["responses"].facts.get("attention")
         return record
 
-    def _chain(self, cell: Cell) -> list[Manifest]:
-        """Manifests of the compression steps, first to last."""
+    def _chain(self, cell: Cell) -> list[tuple[str, Manifest]]:
+        """Backend and manifest of the compression steps, first to last."""
         chain, key = [], self.plan.roles[cell.id].get("compress")
         while key and self.plan.steps[key].kind == "compress":
             manifest = self.store.manifest(key)
             if manifest:
-                chain.insert(0, manifest)
+                chain.insert(0, (self.plan.steps[key].settings["backend"], manifest))
             key = self.plan.steps[key].needs["source"]
         return chain
 
@@ -152,13 +152,16 @@ class Recorder:
         chain = self._chain(cell)
         if not chain:
             return None
-        last = chain[-1]
-        return {
+        last = chain[-1][1]
+        found = {
             **last.facts,
             "bytes": last.bytes,
-            "seconds": sum(m.costs["seconds"] for m in chain),
-            "peak_memory": max(m.costs["peak_memory"] for m in chain),
+            "seconds": sum(m.costs["seconds"] for _, m in chain),
+            "peak_memory": max(m.costs["peak_memory"] for _, m in chain),
         }
+        if len(chain) > 1:  # of a mixture, what each step found out
+            found["steps"] = [{"backend": name, **m.facts, **_spent(m)} for name, m in chain]
+        return found
 
     def _training(self, cell: Cell, found: dict[str, Manifest]) -> dict[str, Any] | None:
         if "tune" not in found:
@@ -212,6 +215,10 @@ class Recorder:
             fresh.unlink(missing_ok=True)
             raise StopError(f"Cannot write {target}: {error.strerror or error}.") from error
         failpoint("outcomes.after")
+
+
+def _spent(manifest: Manifest) -> dict[str, Any]:
+    return {name: manifest.costs[name] for name in ("seconds", "peak_memory")}
 
 
 _EMPTY: dict[str, Any] = {

@@ -49,6 +49,8 @@ def test_tutorial_plugin_runs(tmp_path):
     by_name = {r["axes"]["compression"]: r for r in records.values()}
     assert set(by_name) == {"none", "round3", "mix"} and all(r["status"] == "done" for r in records.values())
     assert by_name["round3"]["simulated"] == ["size", "speed"]
+    steps = by_name["mix"]["compression"]["steps"]
+    assert [s["backend"] for s in steps] == ["magnitude", "rounding"] and steps[0]["zeros_checked"] and steps[1]["bits"] == 4
     assert by_name["none"]["metrics"]["log_loss"]["value"] != by_name["round3"]["metrics"]["log_loss"]["value"]
 
     matrix.write_text(matrix.read_text().replace("bits: 3", "bitz: 3"))

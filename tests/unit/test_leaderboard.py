@@ -108,7 +108,7 @@ def test_every_cell_and_its_numbers(tmp_path, twelve):
         assert found[9] == f"{probes['disk']['value'] / 1e6:.0f}" and found[10] == f"{probes['resident']['value'] / 1e6:.0f}"
         simulated = "sim." if record["simulated"] else ""
         assert found[12].endswith(simulated) and found[12].startswith(f"{probes['decode']['value']:.1f}")
-        assert found[13] == ("44.0" if record["compression"] else "–")
+        assert found[13] == ("44" if record["compression"] else "–")
         assert found[15] == ("40" if (training or {}).get("inherited") else "–")
         assert found[16] == "410"
 
