@@ -17,6 +17,7 @@ VERBS = {
     "merge": "make one run out of several of the same matrix",
     "publish": "copy a run to where results are shared",
     "reproduce": "run cells of a kept run again and compare them",
+    "export": "write the modules tuned in a cell for others to load: PEFT adapter, recovery modules, model card",
     "leaderboard": "write the page of one or more runs",
     "init": "write a commented first matrix",
     "schema": "print the JSON Schema of a matrix or of a record",

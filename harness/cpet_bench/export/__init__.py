@@ -1,0 +1,103 @@
+"""`export`: a tuned cell as files that others can load without this package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, StopError
+from ..records import read_record
+from ..results.clean import clean_record
+from ..store import Damaged, Store
+from .card import card
+
+LOADER = Path(__file__).with_name("load_recovery.py")
+
+
+def export(
+    run: Path, cell: str, to: Path, *, store: str | None = None, base: bool = False, merged: bool = False
+) -> list[str]:
+    """Write the modules tuned in a cell to a folder, with a model card; returns the names written, sorted.
+
+    At the top lies an ordinary PEFT adapter (plain PEFT loads it). Recovery modules lie beside it with a loader of a few
+    lines, `load_recovery.py`, which needs torch and safetensors only.
+
+    Args:
+        run: the run's folder. cell: the id of a cell that is done and tuned. to: a folder that is new or empty.
+        store: where the artifacts are (default: the user's cache). base: write the compressed model too, as `base/`.
+        merged: write the model with the modules merged into its weights too, as `merged/`.
+
+    Raises InputError for a cell that has no modules, is not in the store, or cannot be merged; StopError for the disk.
+    """
+    record = clean_record(_record(Path(run), cell))  # what is exported goes to others: no paths of this machine
+    found, to = Store(store), Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"{to} is there already and is not empty.", key="--to")
+    keys = record["provenance"]["keys"]
+    tuned = _artifact(found, keys["tune"], cell)
+    if merged:
+        from .merge import refuse
+
+        why = refuse(record, tuned)
+        if why:
+            raise InputError(f"{cell} cannot be merged: {why}", key="--merged")
+    model = _artifact(found, keys.get("compress", keys["model"]), cell) if base or merged else None
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(tuned / "adapter" / name, to / name)
+        _name_base(to / "adapter_config.json", record)
+        if (tuned / "recovery").is_dir():
+            for name in ("recovery.safetensors", "recovery.json"):
+                shutil.copyfile(tuned / "recovery" / name, to / name)
+            shutil.copyfile(LOADER, to / LOADER.name)
+        if base:
+            shutil.copytree(model, to / "base", ignore=shutil.ignore_patterns("manifest.json"))
+        if merged:
+            from .merge import merge
+
+            merge(model, tuned, to / "merged")
+        (to / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+        (to / "README.md").write_text(_card(to, record, base=base, merged=merged))
+    except OSError as error:
+        raise StopError(f"Cannot write {to}: {error.strerror or error}.") from error
+    return sorted(p.relative_to(to).as_posix() for p in to.rglob("*") if p.is_file())
+
+
+def _card(to: Path, record: dict[str, Any], **parts: bool) -> str:
+    encoder = json.loads((to / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    auto = "AutoModelForSeq2SeqLM" if encoder else "AutoModelForCausalLM"
+    return card(record, auto, recovery=(to / "recovery.json").exists(), **parts)
+
+
+def _record(run: Path, cell: str) -> dict[str, Any]:
+    path = run / "records" / f"{cell}.json"
+    if not path.is_file():
+        allowed = [p.stem for p in (run / "records").glob("*.json")]
+        raise InputError(f"There is no cell {cell!r} in {run}.", given=cell, allowed=allowed)
+    record = read_record(path)
+    if record["status"] != "done":
+        raise InputError(f"{cell} is {record['status']}: there is nothing to export.", file=path)
+    if "tune" not in record["provenance"]["keys"]:
+        raise InputError(f"{cell} has no tuned modules (its pet is {record['axes']['pet']}).", file=path)
+    return record
+
+
+def _artifact(store: Store, key: str, cell: str) -> Path:
+    try:
+        return store.materialise(key)
+    except Damaged as error:
+        raise InputError(
+            f"What {cell} needs is not in the store at {store.url} ({error}); run its matrix again.", key="--store"
+        ) from error
+
+
+def _name_base(path: Path, record: dict[str, Any]) -> None:
+    """A hub model is named as the adapter's base, as PEFT does; a folder of this machine would mean nothing elsewhere."""
+    source = record["settings"]["model"]["source"]
+    if source.startswith("hf:"):
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": source.removeprefix("hf:")}
+        config["revision"] = record["settings"]["model"]["revision"]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,73 @@
+"""The model card of an exported cell: what it is, how it loads, what was measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+
+def card(record: dict[str, Any], auto: str, *, recovery: bool, base: bool, merged: bool) -> str:
+    """README.md of an exported folder: the hub's YAML header, loading code with transformers' class `auto`, the figures."""
+    settings = record["settings"]
+    header: dict[str, Any] = {"library_name": "peft", "tags": ["cpet-bench", settings["pet"]["method"]]}
+    if settings["model"]["source"].startswith("hf:"):
+        header = {"base_model": settings["model"]["source"].removeprefix("hf:"), **header}
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", f"# {record['id']}", ""]
+    what = f"{settings['pet']['method']} on {settings['model']['source']}"
+    lines += [f"{what}, {_compression(record)}; {_restoring(record)}.", ""]
+    lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, base), "```", ""]
+    if recovery:
+        lines += ["The adapter alone is not what was measured: the recovery modules belong to it.", ""]
+    if merged:
+        lines += ["`merged/` holds the model with the modules in its weights, in float32" + _zeros(record) + ".", ""]
+    lines += ["## Measured", "", "| metric | value | 95 % interval | documents |", "|---|---|---|---|"]
+    for name, m in record["metrics"].items():
+        low, high = (_figure(m[end]) for end in ("low", "high"))
+        lines.append(f"| {_cell(name)} | {_figure(m['value'])} | {low} to {high} | {m['n']} |")
+    task, device = settings["task"], record["provenance"]["device"]
+    where = f"seed {record['axes']['seed']}; {device['name']}, {device['dtype']}"
+    lines += ["", f"Task {_cell(task['name'])}, split {task['split']}, {where}."]
+    training = record["training"] or {}
+    lines += [f"Trained parameters {training.get('trainable_parameters', 0):,}, steps {training.get('steps', 0)}."]
+    lines += ["`record.json` is the whole record: settings, versions, probes, costs.", ""]
+    return "\n".join(lines)
+
+
+def _compression(record: dict[str, Any]) -> str:
+    steps = record["settings"]["compression"]
+    if not steps:
+        return "not compressed"
+    return "compressed by " + ", then ".join(f"`{json.dumps({k: v for k, v in s.items() if v is not None})}`" for s in steps)
+
+
+def _restoring(record: dict[str, Any]) -> str:
+    restoring = record["settings"]["restoring"] or {}
+    parts = [name for name in ("inherit", "recover", "distill") if restoring.get(name)]
+    if restoring.get("control"):
+        parts.append(f"control {restoring['control']}")
+    return f"restored by {', '.join(parts)}" if parts else "trained from a random start"
+
+
+def _loading(record: dict[str, Any], auto: str, recovery: bool, base: bool) -> list[str]:
+    source = record["settings"]["model"]["source"]
+    place = '"base"' if base else f'"{source.removeprefix("hf:")}"' if source.startswith("hf:") else '"FOLDER OF THE MODEL"'
+    lines = ["from peft import PeftModel", f"from transformers import {auto}"]
+    lines += ["from load_recovery import attach_recovery"] if recovery else []
+    how = "" if base or not record["settings"]["compression"] else "  # compressed as above"
+    lines += ["", f"base = {auto}.from_pretrained({place}){how}", 'model = PeftModel.from_pretrained(base, ".")']
+    return lines + (['attach_recovery(base, ".")'] if recovery else [])
+
+
+def _zeros(record: dict[str, Any]) -> str:
+    pruned = any(s["backend"] in ("magnitude", "wanda", "sparsegpt") for s in record["settings"]["compression"])
+    return "; the pruned weights are no longer zero" if pruned else ""
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|")
