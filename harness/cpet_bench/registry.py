@@ -17,6 +17,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "compression": {
         "bitsandbytes": "cpet_bench.compression.bnb:BitsAndBytes",
         "magnitude": "cpet_bench.compression.magnitude:Magnitude",
+        "moefy": "cpet_bench.compression.moefy:Moefy",
         "wanda": "cpet_bench.compression.wanda:Wanda",
     },
     "source": {

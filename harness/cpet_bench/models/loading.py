@@ -57,6 +57,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from .routers import attach_routers
+
     config = load_config(folder)
     auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
     quantised = config.get("quantization_config")
@@ -82,6 +84,7 @@ def load_model(
         raise
     if "device_map" not in more:
         model = model.to(device)
+    attach_routers(model, folder)
     model.requires_grad_(False)
     return model.eval()
 

@@ -20,9 +20,9 @@ from ..compression.wanda import grouped
 from ..errors import StepFailed, Unsupported
 from ..models.arch import block_linears, body, dense_weight, features
 from ..models.loading import load_model
+from ..models.passes import text_inputs
 from ..pet.methods import differences
 from ..settings import RecoverSettings
-from ..training_model import padded, start_token
 from .recover import kaiming_, write
 
 BUDGET = 4 << 30  # bytes of moments kept at once; where all of them are more, the documents are run again for the rest
@@ -123,18 +123,8 @@ def _parts(widths: dict[str, int]) -> list[list[str]]:
 @torch.no_grad()
 def _run(model: nn.Module, documents: list[list[int]], keep: dict[str, torch.Tensor]) -> None:
     """One pass; keep["real"] is then true at the real tokens of what every layer reads, (rows x positions)."""
-    device = model.get_input_embeddings().weight.device
-    ids, mask = padded([tuple(d) for d in documents], device)
-    keep["real"] = mask.bool()
-    start = start_token(model)
-    if start is None:
-        body(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-        return
-    # as long as the document, so that one mask holds for both stacks and for what passes between them
-    shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-    body(model)(
-        input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, decoder_attention_mask=mask, use_cache=False
-    )
+    given, keep["real"] = text_inputs(model, documents)
+    body(model)(**given)
 
 
 def _add_product(name: str, sums: dict[str, torch.Tensor], keep: dict[str, torch.Tensor]):

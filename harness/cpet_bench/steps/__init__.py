@@ -51,11 +51,11 @@ _SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "g
 _PASS = ("training_model", "training_rows", "models.arch")
 _ALL = [
     _kind("model", 1, (), "models:run_model", "models.sources", "models.pypi", "models.tiny"),
-    _kind("compress", 1, TORCH, "models:run_compress", "models.loading", "models.arch", "compression.masks"),
+    _kind("compress", 1, TORCH, "models:run_compress", "models.loading", "models.arch", "models.routers", "compression.masks"),
     _kind("pairs", 1, _TEXT, "data:run_pairs", "evaluation.pairs", *_TASKS),
     _kind("requests", 1, _TEXT, "data:run_requests", *_TASKS),
     _kind("teacher", 1, (*TORCH, "peft"), "tuning:run_teacher", "restoring.distill", "deployment", *_PASS),
-    _kind("moments", 1, TORCH, "tuning:run_moments", "restoring.compensate", "models.arch"),
+    _kind("moments", 1, TORCH, "tuning:run_moments", "restoring.compensate", "models.passes", "models.arch"),
     _kind("compensation", 1, TORCH, "tuning:run_compensation", "restoring.compensate", "models.arch"),
     _kind(
         "tune",

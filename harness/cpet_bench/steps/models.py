@@ -19,6 +19,7 @@ def run_model(ctx: Context) -> dict:
 def run_compress(ctx: Context) -> dict:
     """One compression backend on the model before it."""
     from ..evaluation.pairs import calibration_ids
+    from ..models.routers import carry_routers
 
     backend = registry.get("compression", ctx.settings["backend"])
     settings = backend.Settings.model_validate(ctx.settings["settings"])
@@ -27,7 +28,7 @@ def run_compress(ctx: Context) -> dict:
         c = settings.calibration
         examples = calibration_ids(ctx.inputs["examples"], c.documents, c.max_tokens, c.seed)
     ctx.pool.clear()
-    return backend.compress(
+    facts = backend.compress(
         ctx.inputs["source"],
         ctx.out,
         settings,
@@ -36,3 +37,7 @@ def run_compress(ctx: Context) -> dict:
         dtype=ctx.machine["dtype"],
         progress=ctx.progress,
     )
+    carried = carry_routers(ctx.inputs["source"], ctx.out)
+    if carried and "bytes" in facts:
+        facts["bytes"] += carried
+    return facts
