@@ -8,7 +8,7 @@ run: $(VENV)/.installed
 	$(BIN)/cpet-bench run matrix.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # one published cell, from nothing: fetches the model, prunes it, scores it; two minutes
 reproduce: $(VENV)/.installed

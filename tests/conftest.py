@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several torch processes with all cores' threads each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPO = Path(__file__).parents[1]
 SMOKE = REPO / "matrices/smoke.yaml"
 

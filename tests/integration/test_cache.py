@@ -132,7 +132,7 @@ def test_prune_keeps_pins_and_drops_the_least_recently_used_first(copied, cli):
     assert f"{pinned} " in listed and [x for x in listed.splitlines() if x.startswith(pinned)][0].endswith("pinned")
     done = cli("cache", "prune", "--quota", str(total - 1))
     assert done.returncode == 0 and f"dropped {old}" in done.stdout and f"dropped {young}" not in done.stdout
-    assert f"{total / 2**20:,.1f} MB before, {(total - before[old].bytes) / 2**20:,.1f} MB after" in done.stdout
+    assert f"{total / 2**20:,.1f} MiB before, {(total - before[old].bytes) / 2**20:,.1f} MiB after" in done.stdout
     assert cli("cache", "prune", "--quota", "0").returncode == 0
     assert list(manifests(copied)) == [pinned]
     assert cli("cache", "unpin", pinned).returncode == 0 and cli("cache", "prune", "--quota", "0").returncode == 0
