@@ -18,6 +18,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "bitsandbytes": "cpet_bench.compression.bnb:BitsAndBytes",
         "magnitude": "cpet_bench.compression.magnitude:Magnitude",
         "moefy": "cpet_bench.compression.moefy:Moefy",
+        "sparsegpt": "cpet_bench.compression.sparsegpt:SparseGpt",
         "wanda": "cpet_bench.compression.wanda:Wanda",
     },
     "source": {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .masks import PatternSettings, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
+from .masks import PatternSettings, check_widths, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
 
 
 class Magnitude:
@@ -41,6 +41,7 @@ class Magnitude:
     ) -> dict[str, Any]:
         """Prune and save. Facts: sparsity (whole and by kind of layer), bytes; speed stays the dense kernels'."""
         model, layers = load_plain(source, device, "float32")
+        check_widths(layers, settings)
         for done, (name, module) in enumerate(layers.items()):
             weight = weight_out_in(module)
             weight.mul_(keep_mask(weight.abs().float(), settings, per_row=False))

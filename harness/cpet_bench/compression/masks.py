@@ -62,6 +62,15 @@ def load_plain(source: Path, device: str, dtype: str):
     return model, block_linears(model)
 
 
+def check_widths(layers: dict[str, Any], settings: PatternSettings) -> None:
+    """Unsupported, naming the layer, where groups of m do not fill a layer's width."""
+    m = settings.nm[1] if settings.nm else 1
+    for name, module in layers.items():
+        width = weight_out_in(module).shape[1]
+        if width % m:
+            raise Unsupported(f"{name} reads {width} inputs, which {m} does not divide, so {settings.pattern} cannot be")
+
+
 def stored_dtype(source: Path) -> str:
     """The number format the weights of a model folder are stored in."""
     from ..models.loading import load_config
@@ -77,7 +86,8 @@ def keep_mask(score: torch.Tensor, settings: PatternSettings, per_row: bool) -> 
     """
     import torch
 
-    mask = torch.zeros_like(score, dtype=torch.bool)
+    # not zeros_like: the scores may be a transposed view, and the mask is written to row by row
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     if settings.nm:
         n, m = settings.nm
         if score.shape[1] % m:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import StepFailed, Unsupported
+from ..errors import StepFailed
 from ..settings import CalibrationSettings
-from .masks import PatternSettings, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
+from .blockwise import change_blocks
+from .masks import PatternSettings, check_widths, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
 
-TOKENS = 4096  # padded tokens a batch of calibration documents has at most
+if TYPE_CHECKING:
+    import torch
 
 
 class WandaSettings(PatternSettings):
@@ -53,8 +55,7 @@ class Wanda:
         if not examples:
             raise StepFailed("Wanda needs calibration documents, and there are none")
         model, layers = load_plain(source, device, "float32")
-        if model.config.is_encoder_decoder:
-            raise Unsupported("Wanda goes through the blocks of decoder-only models here; this one has an encoder")
+        check_widths(layers, settings)
         prune(model, layers, examples, settings, progress)
         facts = check_zeros(layers, settings)
         facts |= {"calibration_documents": len(examples), "calibration_tokens": sum(map(len, examples))}
@@ -63,89 +64,15 @@ class Wanda:
 
 
 def prune(model, layers: dict[str, Any], examples: list[list[int]], settings: WandaSettings, progress) -> None:
-    """Prune `layers` of `model` in place. Only one block's inputs are kept at a time; padding is not counted."""
-    import torch
+    """Prune `layers` of `model` in place."""
 
-    from ..models.arch import block_lists
+    def squares(found: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        return (0.0 if found is None else found) + x.square().sum(0)
 
-    name = block_lists(model)[0]
-    blocks = model.get_submodule(name)
-    with torch.no_grad():
-        batches = first_inputs(model, blocks, examples)
-        for i, block in enumerate(blocks):
-            mine = {n: m for n, m in layers.items() if n.startswith(f"{name}.{i}.")}
-            squares: dict[str, Any] = dict.fromkeys(mine, 0.0)
-            keep: dict[str, Any] = {}
-            hooks = [m.register_forward_pre_hook(_square(n, squares, keep)) for n, m in mine.items()]
-            for batch in batches:
-                keep["mask"] = batch["real"]
-                run_block(block, batch)
-            for hook in hooks:
-                hook.remove()
-            for n, module in mine.items():
-                weight = weight_out_in(module)
-                score = weight.abs().float() * squares[n].sqrt()
-                weight.mul_(keep_mask(score, settings, per_row=True))
-            for batch in batches:
-                batch["hidden"] = run_block(block, batch)
-            progress(i + 1, len(blocks), f"block {i + 1} of {len(blocks)}")
+    def mask(group: dict[str, Any], found: torch.Tensor) -> None:
+        for module in group.values():
+            weight = weight_out_in(module)
+            score = weight.abs().float() * found.sqrt()
+            weight.mul_(keep_mask(score, settings, per_row=True))
 
-
-def _square(name: str, squares: dict[str, Any], keep: dict[str, Any]):
-    def hook(module, args):
-        x = args[0][keep["mask"]].float()
-        squares[name] = squares[name] + x.square().sum(0)
-
-    return hook
-
-
-def first_inputs(model, blocks, examples: list[list[int]]) -> list[dict[str, Any]]:
-    """What enters the first block, batch by batch, with the other arguments the model gives its blocks."""
-    import torch
-
-    from ..models.arch import body
-
-    class Caught(Exception):
-        pass
-
-    found: list[dict[str, Any]] = []
-
-    def hook(module, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-        found.append({"hidden": hidden, "args": args[1:], "kwargs": rest})
-        raise Caught
-
-    handle = blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
-    device = model.get_input_embeddings().weight.device
-    try:
-        for group in grouped(examples):
-            longest = max(map(len, group))
-            ids = torch.zeros(len(group), longest, dtype=torch.long)
-            real = torch.zeros(len(group), longest, dtype=torch.bool)
-            for row, tokens in enumerate(group):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                real[row, : len(tokens)] = True
-            try:
-                body(model)(input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False)
-            except Caught:
-                found[-1]["real"] = real.to(device)
-    finally:
-        handle.remove()
-    return found
-
-
-def grouped(examples: list[list[int]]) -> list[list[list[int]]]:
-    """Documents of like length together, at most TOKENS padded tokens a batch."""
-    groups: list[list[list[int]]] = []
-    for tokens in sorted(examples, key=len, reverse=True):
-        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0]) > TOKENS:
-            groups.append([])
-        groups[-1].append(tokens)
-    return groups
-
-
-def run_block(block, batch: dict[str, Any]) -> Any:
-    """The block's output hidden states for one batch."""
-    found = block(batch["hidden"], *batch["args"], **batch["kwargs"])
-    return found[0] if isinstance(found, tuple) else found
+    change_blocks(model, layers, examples, squares, mask, progress)

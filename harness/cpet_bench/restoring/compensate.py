@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..compression.wanda import grouped
+from ..compression.blockwise import grouped
 from ..errors import StepFailed, Unsupported
 from ..models.arch import block_linears, body, dense_weight, features
 from ..models.loading import load_model
