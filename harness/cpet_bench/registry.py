@@ -18,6 +18,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "bitsandbytes": "cpet_bench.compression.bnb:BitsAndBytes",
         "magnitude": "cpet_bench.compression.magnitude:Magnitude",
         "moefy": "cpet_bench.compression.moefy:Moefy",
+        "rtn": "cpet_bench.compression.rtn:Rtn",
         "sparsegpt": "cpet_bench.compression.sparsegpt:SparseGpt",
         "wanda": "cpet_bench.compression.wanda:Wanda",
     },

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ..errors import Unsupported
 from ..settings import Settings
+from .rounding import refuse_packed_again
 
 
 class BitsAndBytes:
@@ -46,9 +47,7 @@ class BitsAndBytes:
 
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
-        if "bitsandbytes" in before:
-            return "the weights are packed by bitsandbytes already"
-        return None
+        return refuse_packed_again(before)
 
     @staticmethod
     def compress(

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import StepFailed, Unsupported
 from ..settings import Settings
+from .rounding import PACKING
 
 if TYPE_CHECKING:
     import torch
@@ -46,18 +47,18 @@ class PatternSettings(Settings):
 
 def refuse_packed(before: list[str]) -> str | None:
     """Why a mask cannot follow these backends."""
-    packed = [name for name in before if name in ("bitsandbytes", "gptq", "rtn")]
+    packed = [name for name in before if name in PACKING]
     return f"pruning needs plain weights, and {packed[-1]} packs them; put the pruning first" if packed else None
 
 
-def load_plain(source: Path, device: str, dtype: str):
-    """A model whose block layers are all plain weights, or Unsupported."""
+def load_plain(source: Path, device: str, dtype: str, what: str = "pruning"):
+    """A model whose block layers are all plain weights, and those layers; else Unsupported, saying that `what` needs them."""
     from ..models.arch import block_linears
     from ..models.loading import load_config, load_model
 
     quantised = load_config(source).get("quantization_config")
     if quantised:
-        raise Unsupported(f"pruning needs plain weights; the model is quantised ({quantised.get('quant_method')})")
+        raise Unsupported(f"{what} needs plain weights; the model is quantised ({quantised.get('quant_method')})")
     model = load_model(source, device=device, dtype=dtype)
     return model, block_linears(model)
 

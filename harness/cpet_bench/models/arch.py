@@ -72,6 +72,8 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
         return weight.float() * scale.float().view(-1, 1) / 127.0
     if isinstance(base, Conv1D):
         return base.weight.detach().t().float()
+    if kind == "PackedLinear":
+        return base.dequantised(torch.float32)
     if isinstance(base, nn.Linear):
         return base.weight.detach().float()
     if hasattr(base, "dequantize_weight"):  # GPTQModel's linears give in x out

@@ -69,11 +69,8 @@ def load_model(
         more["device_map"] = device_map
     elif quantised or "+" in device:
         more |= placement(device)
-    if quantised and str(quantised.get("quant_method", "")).startswith("bitsandbytes"):
-        import importlib.util
-
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise Unsupported("this model is quantised by bitsandbytes, which is not installed (pip install bitsandbytes)")
+    if quantised:
+        _prepare(str(quantised.get("quant_method", "")))
     try:
         model = auto.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=_trust(config), **more
@@ -87,6 +84,16 @@ def load_model(
     attach_routers(model, folder)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _prepare(method: str) -> None:
+    """What loading a checkpoint quantised by `method` takes, or Unsupported with what to install."""
+    import importlib.util
+
+    if method == "cpet_packed":
+        from . import packed  # noqa: F401  (makes the format known to transformers)
+    if method.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
+        raise Unsupported("this model is quantised by bitsandbytes, which is not installed (pip install bitsandbytes)")
 
 
 def placement(device: str) -> dict[str, Any]:

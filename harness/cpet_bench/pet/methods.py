@@ -254,6 +254,8 @@ def _inject(model: nn.Module, config, name: str, seed: int) -> None:
     if fresh:
         init = getattr(config, "init_lora_weights", None)
         rewrites = isinstance(init, str) and init.lower().startswith(REWRITES_BASE)
+        if rewrites and any(type(m).__name__ == "PackedLinear" for m in model.modules()):  # PEFT would not notice
+            raise Unsupported(f"the initialisation {init} changes the base weights, which are packed integers here")
         kept = {
             "children": [(module, dict(module._modules)) for module in model.modules()],
             "grad": [(p, p.requires_grad) for p in model.parameters()],
