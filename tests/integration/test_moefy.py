@@ -1,12 +1,11 @@
 """MoEfication against its formula written out in plain operations: experts, routers, what a routed model computes."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from new_process import answer, answers
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -31,28 +30,11 @@ NETWORK = {  # by family: where a block's network is, what feeds the activation,
 }
 HOW = {"device": "cpu", "dtype": "float32", "progress": lambda *_: None}
 SMALL = Moefy.Settings(experts=16, top=0.25, epochs=15)
-LOGITS = """
-import sys, torch
-from cpet_bench.models.loading import load_model
-ids = torch.arange(3, 51).view(4, 12)
-for folder in sys.argv[2:]:
-    model = load_model(folder)
-    more = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        print(" ".join(map(repr, model(input_ids=ids, **more).logits.double().flatten()[::97].tolist())), file=sys.stderr)
-"""
 
 
 def examples(count=30, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 300, (6 + i % 9,), generator=g).tolist() for i in range(count)]
-
-
-@torch.no_grad()
-def answer(model, ids=None):
-    ids = torch.arange(3, 51).view(4, 12) if ids is None else ids
-    more = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids, **more).logits
 
 
 def networks(arch, model):
@@ -347,11 +329,8 @@ def test_compressed_further_it_keeps_its_routers(made, tmp_path):
 def test_the_same_in_a_new_process(made, tmp_path):
     compress_step(made["llama"].out, tmp_path / "nf4", "bitsandbytes", {"type": "nf4"})
     folders = [made["llama"].out, made["gpt2"].out, made["t5"].out, tmp_path / "nf4"]
-    done = subprocess.run([sys.executable, "-c", LOGITS, "-", *folders], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line[:1] in "-0123456789" and line.count(" ") > 5]
-    for folder, line in zip(folders, lines, strict=True):
-        assert [float(word) for word in line.split()] == answer(load_model(folder)).double().flatten()[::97].tolist()
+    for folder, found in zip(folders, answers(folders, tmp_path / "logits"), strict=True):
+        assert torch.equal(found, answer(load_model(folder)))
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------

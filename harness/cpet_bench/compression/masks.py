@@ -130,7 +130,10 @@ def check_zeros(layers: dict[str, Any], settings: PatternSettings) -> dict[str, 
 
 
 def save(model, source: Path, out: Path, note: dict[str, Any]) -> int:
-    """Write the model in the number format of its source, with what was done to it. Returns bytes stored."""
+    """Write the model in the number format of its source, with what was done to it (and to the source, as `before`).
+
+    Returns bytes stored.
+    """
     import torch
 
     from ..models.loading import load_tokenizer
@@ -138,5 +141,8 @@ def save(model, source: Path, out: Path, note: dict[str, Any]) -> int:
     model.to(getattr(torch, stored_dtype(source)))
     model.save_pretrained(out, safe_serialization=True)
     load_tokenizer(source).save_pretrained(out)
+    earlier = Path(source, "cpet_compression.json")
+    if earlier.is_file():
+        note = {**note, "before": json.loads(earlier.read_text())}
     (out / "cpet_compression.json").write_text(json.dumps(note, indent=1) + "\n")
     return sum(p.stat().st_size for p in out.glob("*.safetensors"))

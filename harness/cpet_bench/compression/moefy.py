@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 NEURONS = 32  # of an expert, where no number of experts is given: as in the paper (4.1)
 KEPT = 2 << 30  # bytes of calibration inputs held at once; where all of them are more, the documents are run again for the rest
-HELD_OUT = 10  # one in so many calibration documents is not trained on
 
 
 class MoefySettings(Settings):
@@ -83,6 +82,7 @@ class Moefy:
         """
         import torch
 
+        from ..models.passes import held_out
         from ..models.routers import feed_forwards, save_routers
 
         if not examples:
@@ -227,7 +227,7 @@ def watch(model, networks: list, routers: dict, examples: list[list[int]], progr
     import torch
 
     from ..models.arch import body
-    from ..models.passes import text_inputs
+    from ..models.passes import held_out, text_inputs
     from .wanda import grouped
 
     found: dict[str, tuple[list, list]] = {f.name: ([], []) for f in networks}
@@ -269,11 +269,6 @@ def watch(model, networks: list, routers: dict, examples: list[list[int]], progr
         if not bool(x.isfinite().all() and mass.isfinite().all()):
             raise StepFailed(f"what {name} computes is not finite")
     return {name: (x, mass, held.to(x.device)) for name, (x, mass) in together.items()}
-
-
-def held_out(examples: list[list[int]]) -> list[bool]:
-    """Which documents the routers are measured on and not trained on: the last of every ten."""
-    return [i % HELD_OUT == HELD_OUT - 1 for i in range(len(examples))]
 
 
 # -- routers -----------------------------------------------------------------------------------------------------------

@@ -24,3 +24,8 @@ def text_inputs(model: nn.Module, documents: list[list[int]]) -> tuple[dict[str,
         shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
         given |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
     return given, mask.bool()
+
+
+def held_out(examples: list, every: int = 10) -> list[bool]:
+    """Which calibration documents are measured on and not trained on: the last of each ten."""
+    return [i % every == every - 1 for i in range(len(examples))]

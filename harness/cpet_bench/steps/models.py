@@ -27,6 +27,7 @@ def run_compress(ctx: Context) -> dict:
     if "examples" in ctx.inputs:
         c = settings.calibration
         examples = calibration_ids(ctx.inputs["examples"], c.documents, c.max_tokens, c.seed)
+    more = {"scratch": ctx.scratch, "should_stop": ctx.should_stop} if getattr(backend, "resumes", False) else {}
     ctx.pool.clear()
     facts = backend.compress(
         ctx.inputs["source"],
@@ -36,6 +37,7 @@ def run_compress(ctx: Context) -> dict:
         device="+".join(ctx.machine["owns"]),
         dtype=ctx.machine["dtype"],
         progress=ctx.progress,
+        **more,
     )
     carried = carry_routers(ctx.inputs["source"], ctx.out)
     if carried and "bytes" in facts:
