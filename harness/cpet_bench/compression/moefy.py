@@ -228,7 +228,7 @@ def watch(model, networks: list, routers: dict, examples: list[list[int]], progr
 
     from ..models.arch import body
     from ..models.passes import held_out, text_inputs
-    from .wanda import grouped
+    from .blockwise import grouped
 
     found: dict[str, tuple[list, list]] = {f.name: ([], []) for f in networks}
     now: dict[str, torch.Tensor] = {}
