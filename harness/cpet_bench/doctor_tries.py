@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -312,6 +313,9 @@ def remedy(error: BaseException, name: str, packages: tuple[str, ...]) -> str:
     """What a user can do: install or repair what cannot be imported, mind the network, or leave it out."""
     from .errors import StopError
 
+    told = re.search(r"\((pip install [^)]+)\)", str(error))
+    if isinstance(error, Unsupported) and told:  # the error itself says what to install
+        return told[1]
     for package in packages:
         try:
             importlib.import_module(package.replace("-", "_"))

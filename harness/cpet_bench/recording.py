@@ -150,8 +150,9 @@ class Recorder:
 
     def _compression(self, cell: Cell) -> dict[str, Any] | None:
         chain = self._chain(cell)
-        if not chain:
-            return None
+        if not chain:  # nothing was done here, but the model may have come quantised
+            given = self.store.manifest(self.plan.roles[cell.id]["model"]).facts.get("quantised")
+            return {"given": given} if given else None
         last = chain[-1][1]
         found = {
             **last.facts,

@@ -16,6 +16,7 @@ from .errors import InputError
 BUILTIN: dict[str, dict[str, str]] = {
     "compression": {
         "bitsandbytes": "cpet_bench.compression.bnb:BitsAndBytes",
+        "gptq": "cpet_bench.compression.gptq:Gptq",
         "magnitude": "cpet_bench.compression.magnitude:Magnitude",
         "moefy": "cpet_bench.compression.moefy:Moefy",
         "rtn": "cpet_bench.compression.rtn:Rtn",

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..compression.rounding import PACKING
 from ..errors import InputError
 
 
 def refuse(record: dict[str, Any], tuned: Path) -> str | None:
     """Why a cell's modules cannot be merged; None where they can, as far as its record and files tell."""
     backends = [step["backend"] for step in record["settings"]["compression"]]
-    packed = [name for name in backends if name in ("bitsandbytes", "gptq", "rtn")]
+    packed = [name for name in backends if name in PACKING]
     if packed:
         return f"the weights are packed by {packed[-1]}, and rounding them anew would change what was tuned"
     if (tuned / "recovery").is_dir():

@@ -69,8 +69,12 @@ def load_model(
         more["device_map"] = device_map
     elif quantised or "+" in device:
         more |= placement(device)
-    if quantised:
-        _prepare(str(quantised.get("quant_method", "")))
+    method = str((quantised or {}).get("quant_method", ""))
+    _prepare(method)
+    if method == "gptq":
+        from . import gptq
+
+        more["config"] = gptq.configuration(folder, quantised, _trust(config))
     try:
         model = auto.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=_trust(config), **more
@@ -79,6 +83,8 @@ def load_model(
         if attention != "auto" and "attention" in str(error).lower():
             raise Unsupported(f"attention {attention} cannot be used here: {' '.join(str(error).split())[:300]}") from error
         raise
+    if method == "gptq":
+        gptq.uncompiled(model)
     if "device_map" not in more:
         model = model.to(device)
     attach_routers(model, folder)

