@@ -21,6 +21,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "moefy": "cpet_bench.compression.moefy:Moefy",
         "rtn": "cpet_bench.compression.rtn:Rtn",
         "sparsegpt": "cpet_bench.compression.sparsegpt:SparseGpt",
+        "structured": "cpet_bench.compression.structured:Structured",
         "student": "cpet_bench.compression.student:Student",
         "wanda": "cpet_bench.compression.wanda:Wanda",
     },

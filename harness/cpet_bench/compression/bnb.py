@@ -71,6 +71,7 @@ class BitsAndBytes:
 
         from ..models.arch import block_linears
         from ..models.loading import load_config, load_tokenizer, placement
+        from ..models.widths import narrowed
 
         config = load_config(source)
         if config.get("quantization_config"):
@@ -85,7 +86,7 @@ class BitsAndBytes:
                 bnb_4bit_use_double_quant=settings.double_quant,
                 bnb_4bit_compute_dtype=getattr(torch, compute),
             )
-        auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+        auto = narrowed(AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM, config)
         progress(0, 2, "quantising")
         model = auto.from_pretrained(
             source, quantization_config=how, dtype=torch.float32, use_safetensors=True, **placement(device)

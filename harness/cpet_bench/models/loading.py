@@ -58,9 +58,10 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from .routers import attach_routers
+    from .widths import narrowed
 
     config = load_config(folder)
-    auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+    auto = narrowed(AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM, config)
     quantised = config.get("quantization_config")
     more: dict[str, Any] = {}
     if attention != "auto":
