@@ -351,17 +351,26 @@ def test_settings_out_of_range(wrong):
 
 def test_orders_that_cannot_work():
     assert registry.get("compression", "moefy") is Moefy
-    assert "put moefy first" in Moefy.refuse(SMALL, ["bitsandbytes"])
+    assert Moefy.refuse(SMALL, ["bitsandbytes"]) is None
     assert "already" in Moefy.refuse(SMALL, ["moefy", "magnitude"])
     assert Moefy.refuse(SMALL, ["magnitude"]) is None
 
 
-def test_without_text_or_plain_weights(made, tmp_path):
+@pytest.mark.parametrize(("backend", "settings"), [("bitsandbytes", {"type": "nf4"}), ("rtn", {"bits": 4})])
+def test_experts_of_packed_weights(made, tmp_path, backend, settings):
+    """The paper's order: quantised first. The weights stay packed; clusters are of what they stand for."""
+    facts = compress_step(made["llama"].dense, tmp_path / "packed", backend, settings)
+    found = Moefy.compress(tmp_path / "packed", tmp_path / "out", SMALL, examples=examples(8), **HOW)
+    assert found["bytes"] == facts["bytes"] + found["router_bytes"]
+    saved, model = load_file(tmp_path / "out" / routers.FILE), load_model(tmp_path / "out")
+    wanted = answer(reference(load_model(tmp_path / "packed"), "llama", saved, found["experts_used"]))
+    torch.testing.assert_close(answer(model), wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(wanted, answer(load_model(tmp_path / "packed")), atol=1e-2)
+
+
+def test_without_text(made, tmp_path):
     with pytest.raises(StepFailed, match="calibration"):
         Moefy.compress(made["llama"].dense, tmp_path / "out", SMALL, examples=None, **HOW)
-    compress_step(made["llama"].dense, tmp_path / "nf4", "bitsandbytes", {"type": "nf4"})
-    with pytest.raises(Unsupported, match="quantised"):
-        Moefy.compress(tmp_path / "nf4", tmp_path / "out", SMALL, examples=examples(4), **HOW)
 
 
 def test_a_model_without_a_known_network():

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from ..errors import StepFailed, Unsupported
 from ..settings import CalibrationSettings, Natural, Positive, Rate, Settings
-from .masks import load_plain, refuse_packed, weight_out_in
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +57,7 @@ class Moefy:
     def refuse(settings, before: list[str]) -> str | None:
         if "moefy" in before:
             return "the feed-forward networks are split into experts already"
-        if refuse_packed(before):
-            return "experts are clusters of plain weights, and those are packed already; put moefy first"
-        return None
+        return None  # packed weights stay as they are too: experts are clusters of what they stand for
 
     @staticmethod
     def compress(
@@ -82,14 +79,16 @@ class Moefy:
         """
         import torch
 
+        from ..models.arch import dense_weight, features
+        from ..models.loading import load_model
         from ..models.passes import held_out
         from ..models.routers import feed_forwards, save_routers
 
         if not examples:
             raise StepFailed("MoEfication needs calibration documents, and there are none")
-        model, _ = load_plain(source, device, "float32")
+        model = load_model(source, device=device, dtype="float32")
         networks = feed_forwards(model)
-        widths = {f.name: weight_out_in(_child(model, f, f.w_in)).shape[0] for f in networks}
+        widths = {f.name: features(_child(model, f, f.w_in))[1] for f in networks}
         sizes = {name: experts_of(name, width, settings.experts) for name, width in widths.items()}
         experts = next(iter(sizes.values()))
         k = max(1, round(settings.top * experts))
@@ -102,7 +101,7 @@ class Moefy:
         for group in groups:
             for f in group:
                 progress(len(routers), len(networks), f"experts of {f.name}")
-                routers[f.name] = start_router(weight_out_in(_child(model, f, f.w_in)).float(), experts, k, settings.seed)
+                routers[f.name] = start_router(dense_weight(_child(model, f, f.w_in)), experts, k, settings.seed)
             seen = watch(model, group, routers, examples, progress)
             for f in group:
                 progress(len(figures), len(networks), f"router of {f.name}")
@@ -206,10 +205,12 @@ def start_router(w_in: torch.Tensor, experts: int, k: int, seed: int):
 # -- what the dense model does ------------------------------------------------------------------------------------------
 def in_groups(model, networks: list, tokens: int, experts: int) -> list[list]:
     """Networks whose calibration inputs are held at the same time."""
+    from ..models.arch import features
+
     groups: list[list] = []
     held = 0
     for f in networks:
-        size = 4 * tokens * (weight_out_in(_child(model, f, f.w_in)).shape[1] + experts)
+        size = 4 * tokens * (features(_child(model, f, f.w_in))[0] + experts)
         if not groups or held + size > KEPT:
             groups.append([])
             held = 0
