@@ -28,7 +28,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,structured]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	-$(BIN)/python -m pip install -c constraints.txt -e '.[gptq]'  # built from source; without it its tests are skipped
 	touch $@
 
