@@ -12,10 +12,11 @@ from .events import append
 from .steps import Step
 from .store import Store
 
-# seconds to start with and seconds per unit of work (documents trained or scored), of a 135 M model on two CPU cores
+# seconds to start with and seconds per unit of work (documents trained or scored; of a compression that trains, thousands of
+# tokens), of a 135 M model on two CPU cores
 PRIOR = {
     "model": (20.0, 0.0),
-    "compress": (30.0, 0.0),
+    "compress": (30.0, 6.0),
     "pairs": (2.0, 0.0005),
     "requests": (2.0, 0.001),
     "teacher": (2.0, 0.05),

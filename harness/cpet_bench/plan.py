@@ -163,7 +163,8 @@ class Planner:
             label = f"compress {cell.axes['model']} to {cell.axes['compression']}"
             if len(cell.compression) > 1:
                 label += f" ({i + 1} of {len(cell.compression)}, {choice.name})"
-            key = self._add("compress", settings, needs, label, packages=backend.packages)
+            work = backend.work(choice.settings) if hasattr(backend, "work") else 0.0
+            key = self._add("compress", settings, needs, label, packages=backend.packages, work=work)
         return key
 
     @once("compression", "pet", "restoring", "seed")
@@ -318,4 +319,3 @@ def _content(path: Path) -> str:
     if not path.is_file():
         raise InputError(f"There is no file {path}.", key="jsonl")
     return sha256_file(path)
-

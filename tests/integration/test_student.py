@@ -1,6 +1,7 @@
 """The distilled student against its formula: blocks kept, the loss, what training brings, what it leaves behind."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from cpet_bench.settings import PetSettings, RecoverSettings
 from cpet_bench.steps.models import run_compress
 
 ARCHS = ("llama", "gpt2", "opt", "t5")
+SMOKE = Path(__file__).parents[2] / "matrices/smoke.yaml"
 HOW = {"device": "cpu", "dtype": "float32", "progress": lambda *_: None}
 SMALL = StudentSettings(blocks=2, steps=40, batch_tokens=128, lr=2e-3, warmup=4)
 LAYERS = 4
@@ -357,3 +359,25 @@ def test_a_config_that_does_not_count_its_blocks(made):
     model.config.num_hidden_layers = 7
     with pytest.raises(Unsupported, match="does not say how many blocks"):
         keep_blocks(model, {"model.layers": [0, 1]})
+
+
+# -- in a plan ---------------------------------------------------------------------------------------------------------
+def test_a_plan_knows_that_it_trains(tmp_path):
+    from cpet_bench.cells import expand
+    from cpet_bench.estimates import Estimates
+    from cpet_bench.matrix import load_matrix
+    from cpet_bench.plan import Planner
+    from cpet_bench.settings import LimitSettings
+    from cpet_bench.store import Store
+
+    path = tmp_path / "matrix.yaml"
+    lines = ["  none: none", "  long: {backend: student, depth: 0.5, steps: 1000}"]
+    lines += ["  short: {backend: student, depth: 0.5, steps: 10}", '  sparse: {backend: magnitude, pattern: "2:4"}']
+    path.write_text("\n".join([f"extends: {SMOKE}", "compression:", *lines]) + "\n")
+    matrix = load_matrix(path)
+    machine = dict.fromkeys(("device", "name", "dtype", "attention", "tf32", "threads", "tokens_per_batch"))
+    plan = Planner(matrix, machine).build(expand(matrix))
+    estimates = Estimates(Store(str(tmp_path / "store")))
+    taken = {s.label.split()[-1]: estimates.seconds(s) for s in plan.steps.values() if s.kind == "compress"}
+    assert taken["sparse"] == 30 < taken["short"] < 600 < taken["long"]
+    assert LimitSettings().of("compress", taken["long"]) == 20 * taken["long"]

@@ -74,6 +74,10 @@ class Student:
         return {"depth": settings.depth, "blocks": settings.blocks}
 
     @staticmethod
+    def work(settings) -> float:
+        return settings.steps * settings.batch_tokens / 1000
+
+    @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         if refuse_packed(before):
             return "a student is trained, which packed weights cannot be; put it first"
