@@ -13,9 +13,10 @@ from pydantic import Field, model_validator
 
 from ..errors import StepFailed, Unsupported
 from ..settings import CalibrationSettings, Settings
+from . import rounding
 from .masks import load_plain, stored_dtype
+from .rounding import refuse_packed_again
 
-GROUPS = (128, 64, 32)  # the usual one, and what stands in for it where it divides not every width
 TOKENS = 4096  # tokens a batch of calibration documents has at most
 
 
@@ -60,8 +61,7 @@ class Gptq:
 
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
-        packed = [name for name in before if name in ("bitsandbytes", "gptq", "rtn")]
-        return f"the weights are packed by {packed[-1]} already" if packed else None
+        return refuse_packed_again(before)
 
     @staticmethod
     def compress(
@@ -127,13 +127,7 @@ def group_of(layers: dict[str, Any], wanted: int | None) -> int:
         if any(width % 32 for width in features(layer)):
             raise Unsupported(f"GPTQ packs multiples of 32 inputs and outputs; {name} has {features(layer)}")
     widths = {name: features(layer)[0] for name, layer in layers.items()}
-    fits = [g for g in GROUPS if not any(width % g for width in widths.values())]
-    if wanted is None:
-        return fits[0]
-    for name, width in widths.items():
-        if wanted > 0 and width % wanted:
-            raise Unsupported(f"{wanted} does not divide the width {width} of {name}; a group of {fits[0]} does for all layers")
-    return wanted
+    return wanted if wanted == -1 else rounding.group_of(widths, wanted, (16, 32, 64, 128, 256, 512, 1024))
 
 
 def batches(examples: list[list[int]]) -> list[dict[str, Any]]:

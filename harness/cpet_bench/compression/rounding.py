@@ -25,8 +25,10 @@ def refuse_packed_again(before: list[str]) -> str | None:
     return f"the weights are packed by {packed[-1]} already" if packed else None
 
 
-def group_of(widths: dict[str, int], asked: int | None) -> int:
+def group_of(widths: dict[str, int], asked: int | None, sizes: Iterable[int] = range(8, 1025, 8)) -> int:
     """The group size for layers with these input widths: the one asked for, else the largest of GROUPS that divides all.
+
+    sizes: those that can be asked for, for the message.
 
     Raises: Unsupported: it does not divide a width; the layer is named, and what would.
     """
@@ -34,15 +36,9 @@ def group_of(widths: dict[str, int], asked: int | None) -> int:
         left = [name for name, width in widths.items() if width % group]
         if not left:
             return group
-    would = dividing(widths.values())
-    advice = f"group can be {', '.join(map(str, would))}" if would else "no multiple of 8 divides all widths"
+    would = [g for g in sizes if not any(width % g for width in widths.values())]
+    advice = f"group can be {', '.join(map(str, would))}" if would else "no group size divides all widths"
     raise Unsupported(f"groups of {group} do not divide the width {widths[left[0]]} of {left[0]}; {advice}")
-
-
-def dividing(widths: Iterable[int]) -> list[int]:
-    """Multiples of 8 up to 1,024 that divide all of these widths."""
-    widths = set(widths)
-    return [g for g in range(8, 1025, 8) if not any(width % g for width in widths)]
 
 
 def grid(weight: torch.Tensor, bits: int, group: int, sym: bool, name: str) -> tuple[torch.Tensor, torch.Tensor]:
