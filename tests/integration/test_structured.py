@@ -117,15 +117,14 @@ def test_computes_what_the_masked_dense_model_computes(arch, spare, folders, tmp
     assert (tmp_path / "out/model.safetensors").stat().st_size < (folders / arch / "model.safetensors").stat().st_size
     assert abs(facts["ratio_reached"] - 0.15) < 0.01
     assert facts["uniform"] == ("cpet_widths" not in config(tmp_path / "out"))
-    blocks = {label for label in config(tmp_path / "out").get("cpet_widths", {})}
-    if spare == [1, 0]:
-        assert blocks and not any(".0." in label.replace("layer.1", "") for label in blocks) or arch == "t5"
+    assert not facts["uniform"] or spare == [0, 0]
+    assert len(facts["spared"]) == spare[0] * (2 if arch == "t5" else 1)
 
 
 def test_alike_blocks_load_in_transformers_itself(folders, tmp_path):
-    facts = compress(folders / "llama", tmp_path / "out", ratio=0.25)
+    facts = compress(folders / "llama", tmp_path / "out", ratio=0.4)
     plain = tr.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert facts["uniform"] and plain.config.num_key_value_heads < 4 and plain.config.intermediate_size < 96
+    assert facts["uniform"] and plain.config.num_key_value_heads == 2 and plain.config.intermediate_size < 96
     assert torch.equal(logits(plain), logits(load_model(tmp_path / "out")))
 
 
@@ -141,16 +140,18 @@ def test_blocks_of_several_widths_load_in_a_new_process_and_generate_with_a_cach
         "    more = {'decoder_input_ids': ids} if model.config.is_encoder_decoder else {}\n"
         "    found[arch] = model(input_ids=ids, **more).logits\nsave_file(found, sys.argv[1] + '/logits')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found, ids = load_file(tmp_path / "logits"), torch.arange(3, 11)[None]
-    for arch in names:
-        model = load_model(tmp_path / arch)
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    models = {arch: load_model(tmp_path / arch) for arch in names}
+    ids, how = torch.arange(3, 11)[None], {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for arch, model in models.items():
+        assert torch.equal(model.generate(ids, use_cache=True, **how), model.generate(ids, use_cache=False, **how)), arch
+    error = other.communicate(timeout=120)[1]
+    assert other.returncode == 0, error
+    found = load_file(tmp_path / "logits")
+    for arch, model in models.items():
         more = {"decoder_input_ids": ids} if arch == "t5" else {}
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids, **more).logits, found[arch]), arch
-        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        assert torch.equal(model.generate(ids, use_cache=True, **how), model.generate(ids, use_cache=False, **how)), arch
 
 
 # -- importance ----------------------------------------------------------------------------------------------------------
@@ -211,7 +212,8 @@ def test_importance_is_that_of_the_formulas(arch, folders):
                     scores.append(sum(reference(kind, *(t[i] for t in pick)) for i in which(u)))
                 table.append(torch.stack(scores))
             table = torch.stack(table)
-            for group, joined in (("sum", table.sum(1)), ("mean", table.mean(1)), ("max", table.amax(1)), ("prod", table.prod(1))):
+            joins = {"sum": table.sum(1), "mean": table.mean(1), "max": table.amax(1), "prod": table.prod(1)}
+            for group, joined in joins.items():
                 settings = Structured.Settings(ratio=0.2, importance=kind, group=group)
                 mine = importance(model, part, settings, found, torch.Generator())
                 torch.testing.assert_close(mine, joined, rtol=2e-3, atol=1e-9, msg=lambda m, k=(kind, group): f"{k}: {m}")
@@ -274,7 +276,7 @@ def test_lora_and_recovery_train_on_it(arch, folders, tmp_path):
     losses, moved = [], dict.fromkeys(trained, False)
     for _ in range(3):
         loss = model(input_ids=ids, labels=ids).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimiser.zero_grad()
         loss.backward()
         moved = {n: moved[n] or bool(p.grad.abs().max() > 0) for n, p in trained.items()}
@@ -283,12 +285,27 @@ def test_lora_and_recovery_train_on_it(arch, folders, tmp_path):
     assert losses[2] < losses[0]
 
 
+def test_widths_that_four_bit_layers_break_on_are_named(folders, tmp_path, monkeypatch):
+    from bitsandbytes.nn import Linear4bit
+
+    start = Linear4bit.__init__
+
+    def packing(self, *args, **kwargs):  # as on a CPU that multiplies in bfloat16
+        start(self, *args, **kwargs)
+        self.support_avx512bf16_for_cpu = True
+
+    monkeypatch.setattr(Linear4bit, "__init__", packing)
+    compress(folders / "llama", tmp_path / "s", ratio=0.12, parts="mlp")
+    with pytest.raises(Unsupported, match=r"model.layers.0.mlp.gate_proj has 64 and 80: type int8 works"):
+        BitsAndBytes.compress(tmp_path / "s", tmp_path / "b", BitsAndBytes.Settings(type="nf4"), **HOW)
+
+
 def test_what_follows_in_a_mixture_keeps_the_widths(folders, tmp_path):
     compress(folders / "llama", tmp_path / "s", ratio=0.12, spare=[1, 0])
     noted = config(tmp_path / "s")["cpet_widths"]
     Magnitude.compress(tmp_path / "s", tmp_path / "m", Magnitude.Settings(sparsity=0.5), **HOW)
     Wanda.compress(tmp_path / "s", tmp_path / "w", Wanda.Settings(pattern="2:4"), **HOW)
-    BitsAndBytes.compress(tmp_path / "s", tmp_path / "b", BitsAndBytes.Settings(type="nf4"), **HOW)
+    BitsAndBytes.compress(tmp_path / "s", tmp_path / "b", BitsAndBytes.Settings(type="int8"), **HOW)
     compress(tmp_path / "s", tmp_path / "again", ratio=0.1, importance="l1", spare=[0, 0])
     inner = logits(load_model(tmp_path / "s"))
     for name in ("m", "w", "b"):
@@ -296,7 +313,7 @@ def test_what_follows_in_a_mixture_keeps_the_widths(folders, tmp_path):
         out = logits(load_model(tmp_path / name))
         assert torch.isfinite(out).all() and 0 < (out - inner).abs().max() < inner.abs().max() * 2
     mlp = load_model(tmp_path / "b").model.layers[1].mlp.up_proj
-    assert type(mlp).__name__ == "Linear4bit" and features(mlp)[1] == noted["model.layers.1.mlp.mlp"] < 96
+    assert type(mlp).__name__ == "Linear8bitLt" and features(mlp)[1] == noted["model.layers.1.mlp.mlp"] < 96
     twice = {p.label: p.groups for p in parts(load_model(tmp_path / "again"))}
     once = {p.label: p.groups for p in parts(load_model(tmp_path / "s"))}
     assert all(twice[label] <= once[label] for label in once) and twice != once
@@ -306,7 +323,7 @@ def test_what_follows_in_a_mixture_keeps_the_widths(folders, tmp_path):
 @pytest.mark.parametrize(
     "given",
     [{}, {"ratio": 0}, {"ratio": 1}, {"ratio": -0.1}, {"ratio": "much"}, {"ratio": 0.2, "importance": "taylor"}]
-    + [{"ratio": 0.2, "spare": [1]}, {"ratio": 0.2, "spare": [-1, 0]}, {"ratio": 0.2, "parts": "all"}, {"ratio": 0.2, "rate": 1}],
+    + [{"ratio": 0.2, **more} for more in ({"spare": [1]}, {"spare": [-1, 0]}, {"parts": "all"}, {"rate": 1}, {"multiple": 0})],
     ids=str,
 )
 def test_settings_that_mean_nothing(given):
@@ -329,21 +346,21 @@ def test_models_and_shares_it_cannot_take(folders, tmp_path):
         assert not (tmp_path / "never").exists()
         return str(caught.value)
 
-    assert "at most 0.9" in refused(folders / "llama", ratio=0.99)
+    assert "at most 0.8" in refused(folders / "llama", ratio=0.99)
     assert "at most" in refused(folders / "llama", ratio=0.6, parts="heads")
-    assert "at most" in refused(folders / "llama", ratio=0.02, parts="heads")
+    assert "half a step" in refused(folders / "llama", ratio=0.02, parts="heads")
     assert "half a step" in refused(folders / "llama", ratio=0.001)
     assert "leaves none of the 2 blocks of model.layers" in refused(folders / "llama", ratio=0.1, spare=[1, 1])
     assert "position bias" in refused(folders / "t5", ratio=0.1, parts="both")
     bloom = tr.BloomForCausalLM(tr.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4))
     bloom.save_pretrained(tmp_path / "bloom")
     assert "BloomForCausalLM: no MLP of plain linear layers known here" in refused(tmp_path / "bloom", ratio=0.2)
-    BitsAndBytes.compress(folders / "llama", tmp_path / "nf4", BitsAndBytes.Settings(type="nf4"), **HOW)
-    assert "quantised (bitsandbytes)" in refused(tmp_path / "nf4", ratio=0.2)
-    with pytest.raises(StepFailed, match="single token"):
-        Structured.compress(folders / "llama", tmp_path / "never", Structured.Settings(ratio=0.2), **HOW | {"examples": [[5], [7]]})
-    with pytest.raises(StepFailed, match="calibration documents"):
-        Structured.compress(folders / "llama", tmp_path / "never", Structured.Settings(ratio=0.2), **HOW | {"examples": []})
+    BitsAndBytes.compress(folders / "llama", tmp_path / "int8", BitsAndBytes.Settings(type="int8"), **HOW)
+    assert "quantised (bitsandbytes)" in refused(tmp_path / "int8", ratio=0.2)
+    settings = Structured.Settings(ratio=0.2)
+    for examples, words in (([[5], [7]], "single token"), ([], "calibration documents"), (None, "calibration documents")):
+        with pytest.raises(StepFailed, match=words):
+            Structured.compress(folders / "llama", tmp_path / "never", settings, **HOW | {"examples": examples})
 
 
 def test_heads_stay_where_a_norm_spans_them(tmp_path):
@@ -356,7 +373,7 @@ def test_heads_stay_where_a_norm_spans_them(tmp_path):
 
 
 def test_a_coupling_unknown_here_fails_the_step(folders, tmp_path, monkeypatch):
-    """Heads cut in another order than the one they are read in: a smaller model of the same shapes that computes something else."""
+    """Heads cut in another order than they are read in: a model of the same shapes that computes something else."""
     from cpet_bench.models.widths import Part
 
     real = Part.outputs

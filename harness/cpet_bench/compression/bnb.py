@@ -96,9 +96,25 @@ class BitsAndBytes:
         left = [name for name, layer in layers.items() if type(layer).__name__ != wanted]
         if len(left) == len(layers):
             raise Unsupported(f"bitsandbytes took none of this model's {len(layers)} linear layers")
+        if wanted == "Linear4bit":
+            _refuse_widths(layers)
         progress(1, 2, "saving")
         model.save_pretrained(out, safe_serialization=True)
         load_tokenizer(source).save_pretrained(out)
         stored = sum(p.stat().st_size for p in out.glob("*.safetensors"))
         bits = 8 if settings.type == "int8" else 4
         return {"bits": bits, "layers": len(layers) - len(left), "left_dense": left, "bytes": stored}
+
+
+def _refuse_widths(layers: dict[str, Any]) -> None:
+    """On a CPU with bfloat16 products bitsandbytes packs 32 outputs and 64 inputs at a time, and other widths fail there."""
+    from ..models.arch import features
+
+    for name, layer in layers.items():
+        packs = getattr(layer, "support_avx512bf16_for_cpu", False) and layer.weight.device.type == "cpu"
+        inputs, outputs = features(layer)
+        if packs and (inputs % 64 or outputs % 32):
+            raise Unsupported(
+                f"bitsandbytes' 4-bit layers on this CPU need inputs in multiples of 64 and outputs in multiples of 32; {name} "
+                f"has {inputs} and {outputs}: type int8 works, and so does structured pruning with multiple: 64 and parts: mlp"
+            )

@@ -237,4 +237,3 @@ def answer(model, tokens: list[int]):
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"use_cache": False}
     with torch.no_grad():
         return model(input_ids=ids, **more).logits.float().cpu()
-
