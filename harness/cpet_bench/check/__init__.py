@@ -1,5 +1,18 @@
-"""The regression gate: a run against a baseline, cell by cell, on the kept outcomes. Loads no heavy library."""
+"""The regression gate, a run against a baseline, and cells of one run against each other, on the kept outcomes.
 
+Loads no heavy library."""
+
+from .between import Comparison, Pair, between
 from .compare import EXIT_NOTHING, EXIT_REGRESSION, CellCheck, Report, SpeedCheck, compare
 
-__all__ = ["EXIT_NOTHING", "EXIT_REGRESSION", "CellCheck", "Report", "SpeedCheck", "compare"]
+__all__ = [
+    "EXIT_NOTHING",
+    "EXIT_REGRESSION",
+    "CellCheck",
+    "Comparison",
+    "Pair",
+    "Report",
+    "SpeedCheck",
+    "between",
+    "compare",
+]

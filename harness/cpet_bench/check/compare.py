@@ -161,7 +161,7 @@ def _difference(candidate, baseline, new: dict, old: dict, metric: str | None, m
     if entry["higher_is_better"] is None:
         return CellCheck(cell, NOT_COMPARED, f"whether more {name} is better is not known", name)
     try:
-        return name, difference(Path(candidate), Path(baseline), cell, name, entry, margin, 1 - alpha)
+        return name, difference((Path(candidate), cell), (Path(baseline), cell), name, entry, margin, 1 - alpha)
     except (Incomparable, InputError) as error:
         return CellCheck(cell, NOT_COMPARED, str(error), name)
 

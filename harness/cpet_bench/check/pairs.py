@@ -52,15 +52,15 @@ class Difference:
 
 
 def difference(
-    candidate: Path, baseline: Path, cell: str, name: str, entry: dict[str, Any], margin: float, level: float
+    candidate: tuple[Path, str], baseline: tuple[Path, str], name: str, entry: dict[str, Any], margin: float, level: float
 ) -> Difference:
-    """The difference of a cell in a metric over the documents both runs have. Raises Incomparable.
+    """The difference of two cells, each (folder of its run, id), in a metric over the documents both have. Raises Incomparable.
 
     Accuracies and other 0/1 values: Tango's score test and interval. Other means: Student's t and the bootstrap by document.
     AUROC of two labels: DeLong. AUROC of more, F1, MCC: normal, with the paired bootstrap's standard error.
     Args: name, entry: the metric's in the baseline's record. level: of the two-sided interval.
     """
-    new, old = (_side(folder, cell, name, entry) for folder in (candidate, baseline))
+    new, old = (_side(*place, name, entry) for place in (candidate, baseline))
     place = {key: i for i, key in enumerate(old.keys)}
     rows = [(i, place[key]) for i, key in enumerate(new.keys) if key in place]
     if len(rows) < 2:

@@ -1,0 +1,115 @@
+"""Cells of one run that differ in one axis, paired by document: is what they differ by real?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..records import read_records, run_folders
+from ..stats import holm
+from .pairs import Incomparable, difference
+
+
+@dataclass
+class Pair:
+    """Two cells in one metric. difference: the first minus the second, the sign turned so that more is better, with its
+    95 % interval. p: two-sided, of no difference; p_holm: after Holm's method over all pairs in this metric."""
+
+    first: str
+    second: str
+    metric: str
+    note: str = ""
+    values: tuple[float, float] | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    documents: int | None = None
+    method: str | None = None
+
+
+@dataclass
+class Comparison:
+    """All pairs of a run whose cells agree in every axis but one."""
+
+    axis: str
+    names: tuple[str, str]
+    pairs: list[Pair] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def between(run: str | Path, first: str, second: str, *, metric: str | None = None, level: float = 0.95) -> Comparison:
+    """Compare cells of a run that differ in one axis only.
+
+    Args:
+        first, second: `AXIS=NAME` twice, of one axis. metric: which (None: all that both have). level: of the intervals.
+
+    Cells with one seed say nothing about other seeds. Raises InputError for an axis, name or metric that the run has not.
+    """
+    folders = run_folders(run)
+    if len(folders) > 1 or folders[0] != Path(run):
+        raise InputError(f"{run} holds several runs; name one", allowed=[str(f) for f in folders])
+    records = {record["id"]: record for record in read_records(run)}
+    axis, names = _axis(records, first, second)
+    found = Comparison(axis, names)
+    groups: dict[tuple, dict[str, str]] = {}
+    for cell, record in records.items():
+        rest = tuple((k, str(v)) for k, v in record["axes"].items() if k != axis)
+        groups.setdefault(rest, {})[str(record["axes"][axis])] = cell
+    for group in groups.values():
+        cells = [group[name] for name in names if name in group]
+        if len(cells) == 2:
+            found.pairs += _pairs(Path(run), *(records[c] for c in cells), metric, level)
+        else:
+            found.alone += cells
+    if not found.pairs:
+        what = f" with a metric {metric!r}" if metric else ""
+        raise InputError(f"no two cells of {run}{what} differ in {axis} alone ({names[0]} and {names[1]})")
+    for name in dict.fromkeys(p.metric for p in found.pairs):
+        tested = [p for p in found.pairs if p.metric == name and p.p is not None]
+        for pair, p in zip(tested, holm([p.p for p in tested]), strict=True):
+            pair.p_holm = float(p)
+    return found
+
+
+def _axis(records: dict[str, dict], first: str, second: str) -> tuple[str, tuple[str, str]]:
+    axes = {axis for record in records.values() for axis in record["axes"]}
+    split = [text.partition("=") for text in (first, second)]
+    for text, (axis, equals, name) in zip((first, second), split, strict=True):
+        if not equals:
+            raise InputError(f"{text!r} is no AXIS=NAME, such as compression=nf4", given=text, allowed=sorted(axes))
+        if axis not in axes:
+            raise InputError(f"no cell has an axis {axis!r}", given=axis, allowed=sorted(axes))
+        known = {str(record["axes"][axis]) for record in records.values()}
+        if name not in known:
+            raise InputError(f"no cell has {text}", given=name, allowed=sorted(known))
+    if split[0][0] != split[1][0] or split[0][2] == split[1][2]:
+        raise InputError(f"{first} and {second} must be two names on one axis")
+    return split[0][0], (split[0][2], split[1][2])
+
+
+def _pairs(run: Path, first: dict, second: dict, metric: str | None, level: float) -> list[Pair]:
+    ids = first["id"], second["id"]
+    undone = [r for r in (first, second) if r["status"] != "done"]
+    if undone:
+        return [Pair(*ids, metric or "", f"{undone[0]['id']} is {undone[0]['status']}")]
+    found = []
+    for name, entry in second["metrics"].items():
+        if name not in first["metrics"] or (metric and name != metric) or entry["higher_is_better"] is None:
+            continue
+        values = first["metrics"][name]["value"], entry["value"]
+        try:
+            d = difference((run, ids[0]), (run, ids[1]), name, entry, 0.0, level)
+        except Incomparable as error:
+            found.append(Pair(*ids, name, str(error), values))
+            continue
+        p = 1.0 if d.value == d.low == d.high == 0 else min(1.0, 2 * min(d.p_worse, d.p_not_worse))
+        note = f"{d.unpaired} documents in one cell only" if d.unpaired else ""
+        found.append(Pair(*ids, name, note, values, d.value, d.low, d.high, p, None, d.n, d.method))
+    return found
