@@ -144,6 +144,7 @@ def compress(folder: Path, name: str) -> str:
     import torch
     from pydantic import ValidationError
 
+    from .compression import calibrated
     from .models.loading import load_model
 
     backend, source = registry.get("compression", name), model_folder(folder)
@@ -156,7 +157,7 @@ def compress(folder: Path, name: str) -> str:
             text = f"not tried: its settings {given} are refused ({message}); its class can name others as `tries`"
             raise Unsupported(text) from error
         draw = torch.Generator().manual_seed(i)
-        examples = torch.randint(3, 200, (8, 24), generator=draw).tolist() if getattr(backend, "calibrated", False) else None
+        examples = torch.randint(3, 200, (8, 24), generator=draw).tolist() if calibrated(backend, settings) else None
         out = folder / f"{name}-{i}"
         backend.compress(
             source, out, settings, examples=examples, device="cpu", dtype="float32", progress=lambda *_: None, seed=0

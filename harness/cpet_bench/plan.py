@@ -13,6 +13,7 @@ from typing import Any
 
 from . import registry
 from .cells import Cell
+from .compression import calibrated
 from .errors import InputError
 from .evaluation.tasks import portable, task_spec
 from .keys import Fixed, fixed, plain
@@ -157,7 +158,7 @@ class Planner:
                 "settings": choice.settings,
             }
             needs = {"source": key}
-            if getattr(backend, "calibrated", False):
+            if calibrated(backend, choice.settings):
                 needs["examples"] = self._calibration(cell, choice.settings.calibration)
                 settings |= self.numeric
             label = f"compress {cell.axes['model']} to {cell.axes['compression']}"

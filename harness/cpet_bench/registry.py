@@ -16,6 +16,7 @@ from .errors import InputError
 BUILTIN: dict[str, dict[str, str]] = {
     "compression": {
         "bitsandbytes": "cpet_bench.compression.bnb:BitsAndBytes",
+        "depth": "cpet_bench.compression.depth:Depth",
         "gptq": "cpet_bench.compression.gptq:Gptq",
         "magnitude": "cpet_bench.compression.magnitude:Magnitude",
         "moefy": "cpet_bench.compression.moefy:Moefy",

@@ -80,8 +80,12 @@ def test_eora_needs_a_linear_recovery(tmp_path):
     assert caught.value.line == 12
 
 
-def test_mixture_that_cannot_work_is_refused_before_any_work(tmp_path):
-    chain = 'mix: [{backend: bitsandbytes, type: nf4}, {backend: magnitude, pattern: "2:4"}]'
+PACKED_FIRST = ['{backend: magnitude, pattern: "2:4"}', "{backend: sparsegpt, sparsity: 0.5}", "{backend: depth, drop: [0]}"]
+
+
+@pytest.mark.parametrize("second", PACKED_FIRST)
+def test_mixture_that_cannot_work_is_refused_before_any_work(tmp_path, second):
+    chain = f"mix: [{{backend: bitsandbytes, type: nf4}}, {second}]"
     with pytest.raises(InputError, match="put the pruning first") as caught:
         load(BASE.replace("  nf4: {backend", f"  {chain}\n  nf4: {{backend"), tmp_path)
     assert caught.value.line == 6 and caught.value.key == "compression.mix.1"

@@ -106,13 +106,10 @@ def first_inputs(model, blocks, examples: list[list[int]]) -> list[dict[str, Any
     """What enters the first of `blocks`, batch by batch, with the other arguments the model gives its blocks.
 
     Each batch: `hidden` (rows x positions x width), `real` (rows x positions, true at tokens), and `rest`, by the first block
-    of each kind the other arguments by name. An encoder reads the document, a decoder beside it the start token and the
-    document after it, so that one mask holds for both.
+    of each kind the other arguments by name.
     """
-    import torch
-
     from ..models.arch import body
-    from ..training_model import padded, start_token
+    from ..models.passes import text_inputs
 
     class Caught(Exception):
         pass
@@ -135,17 +132,13 @@ def first_inputs(model, blocks, examples: list[list[int]]) -> list[dict[str, Any
         return hook
 
     handles = [blocks[kind].register_forward_pre_hook(catch(kind), with_kwargs=True) for kind in kinds]
-    device, start, found = model.get_input_embeddings().weight.device, start_token(model), []
+    found = []
     try:
         for group in grouped(examples):
-            ids, mask = padded(group, device)
-            batch = {"real": mask.bool(), "rest": {}}
-            more = {}
-            if start is not None:
-                shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-                more = {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
+            arguments, real = text_inputs(model, group)
+            batch = {"real": real, "rest": {}}
             try:
-                body(model)(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+                body(model)(**arguments)
             except Caught:
                 found.append(batch)
     finally:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ..errors import Unsupported
 from ..settings import Settings
+from .notes import read_note, write_note
 from .rounding import refuse_packed_again
 
 
@@ -101,6 +102,8 @@ class BitsAndBytes:
         progress(1, 2, "saving")
         model.save_pretrained(out, safe_serialization=True)
         load_tokenizer(source).save_pretrained(out)
+        if read_note(source):  # of the steps before; the format itself says what this one did
+            write_note(source, out, {"backend": "bitsandbytes", **settings.model_dump(mode="json")})
         stored = sum(p.stat().st_size for p in out.glob("*.safetensors"))
         bits = 8 if settings.type == "int8" else 4
         return {"bits": bits, "layers": len(layers) - len(left), "left_dense": left, "bytes": stored}

@@ -1,8 +1,7 @@
-"""What pruning by masks shares: the pattern, choosing what stays, checking the zeros, saving."""
+"""What the pruners share: the pattern, choosing what stays, checking the zeros, saving."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import StepFailed, Unsupported
 from ..settings import Settings
+from .notes import write_note
 from .rounding import PACKING
 
 if TYPE_CHECKING:
@@ -141,8 +141,15 @@ def save(model, source: Path, out: Path, note: dict[str, Any]) -> int:
     model.to(getattr(torch, stored_dtype(source)))
     model.save_pretrained(out, safe_serialization=True)
     load_tokenizer(source).save_pretrained(out)
-    earlier = Path(source, "cpet_compression.json")
-    if earlier.is_file():
-        note = {**note, "before": json.loads(earlier.read_text())}
-    (out / "cpet_compression.json").write_text(json.dumps(note, indent=1) + "\n")
+    write_note(source, out, note)
     return sum(p.stat().st_size for p in out.glob("*.safetensors"))
+
+
+def check_reload(folder: Path, wanted: torch.Tensor, device: str, dtype: str) -> None:
+    """Unsupported where the saved model does not compute `wanted`, the pool's canary of the model as it was when saved."""
+    from ..models.loading import load_model
+    from ..models.pool import canary, differs
+
+    model = load_model(folder, device=device, dtype=dtype)
+    if differs(canary(model), wanted):
+        raise Unsupported(f"{type(model).__name__} loads as another model than the one saved, so its blocks cannot be cut here")

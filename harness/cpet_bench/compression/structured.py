@@ -60,6 +60,8 @@ class Structured:
         masked = [name for name in before if name in ("magnitude", "wanda", "sparsegpt")]
         if masked:
             return f"taking columns out breaks the pattern and the share of zeros that {masked[-1]} left; put structured first"
+        if "moefy" in before:
+            return "moefy's routers are of the neurons that it saw; put structured first"
         return refuse_packed(before)
 
     @staticmethod
