@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from cpet_bench.compression.gptq import Gptq
+from cpet_bench.compression.gptq import Gptq, sets_of_layers
 from cpet_bench.compression.magnitude import Magnitude
 from cpet_bench.errors import StepFailed, Unsupported
 from cpet_bench.models import gptq, tiny
@@ -257,6 +257,18 @@ def test_a_checkpoint_of_auto_gptq_is_a_source(made, tmp_path):
     assert torch.equal(canary(load_model(folder)), canary(load_model(packed)))
     with pytest.raises(Unsupported, match="GPTQ needs plain weights; the model is quantised"):
         compress(folder, tmp_path / "again")
+
+
+def test_layers_that_read_one_input_share_a_pass_and_nothing_changes(made, tmp_path, monkeypatch):
+    dense, packed, _ = made("llama")
+    model = load_model(dense)
+    sets = sets_of_layers(model, block_linears(model), "model.layers", documents())
+    names = [sorted(name.rpartition(".")[2] for name in found) for found in sets]
+    assert names == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    monkeypatch.setattr("cpet_bench.compression.gptq.sets_of_layers", lambda *a: None)  # each layer by itself
+    compress(dense, tmp_path, bits=4)
+    one, other = load_file(packed / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_how_many_zeros_of_a_pruned_model_stay_zero_is_told(made, tmp_path):

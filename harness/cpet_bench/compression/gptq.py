@@ -94,7 +94,7 @@ class Gptq:
             raise Unsupported("GPTQ goes through the blocks of decoder-only models here; this one has an encoder")
         group = group_of(layers, settings.group)
         zeros = {name: dense_weight(layer) == 0 for name, layer in layers.items()}
-        how = quantise(model, examples, settings, group, progress)
+        how = quantise(model, layers, examples, settings, group, progress)
         packed = gptq.packed_linears(model)
         pruned = sum(int(z.sum()) for z in zeros.values())
         kept = sum(int((dense_weight(layer)[zeros[name]] == 0).sum()) for name, layer in packed.items())
@@ -146,7 +146,22 @@ def batches(examples: list[list[int]]) -> list[dict[str, Any]]:
     return found
 
 
-def quantise(model, examples: list[list[int]], settings: GptqSettings, group: int, progress):
+def sets_of_layers(model, layers: dict[str, Any], name: str, examples: list[list[int]]) -> list[list[str]] | None:
+    """Names inside a block, in the order they run; those that read the same input together, since one pass serves them all.
+
+    None where the blocks of the list `name` differ: then each layer has a pass of its own.
+    """
+    from ..restoring.compensate import shared_inputs
+
+    sets: dict[str, dict[str, list[str]]] = {}
+    for layer, first in shared_inputs(model, layers, examples).items():
+        number, _, inner = layer.removeprefix(f"{name}.").partition(".")
+        sets.setdefault(number, {}).setdefault(first, []).append(inner)
+    by_block = [list(found.values()) for found in sets.values()]
+    return by_block[0] if all(found == by_block[0] for found in by_block) else None
+
+
+def quantise(model, layers: dict[str, Any], examples: list[list[int]], settings: GptqSettings, group: int, progress):
     """Put packed layers in the place of the blocks' own. Returns optimum's quantiser, which can save the model."""
     import torch
     from optimum.gptq import GPTQQuantizer
@@ -169,6 +184,7 @@ def quantise(model, examples: list[list[int]], settings: GptqSettings, group: in
         act_group_aware=aware,
         sym=settings.sym,
         block_name_to_quantize=name,
+        modules_in_block_to_quantize=sets_of_layers(model, layers, name, examples),
         backend=gptq.KERNEL,
     )
     how.quantizeConfig.fallback = None  # else what has too few documents is rounded to nearest, and only a log says so
