@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cpet_bench.compression.gptq import Gptq, sets_of_layers
 from cpet_bench.compression.magnitude import Magnitude
@@ -16,6 +16,7 @@ from cpet_bench.models.arch import block_linears, dense_weight, resident_bytes
 from cpet_bench.models.loading import load_model
 from cpet_bench.models.pool import canary
 from cpet_bench.models.sources import LocalSource
+from cpet_bench.models.sources import facts as source_facts
 from cpet_bench.pet import methods
 from cpet_bench.restoring import recover
 from cpet_bench.settings import ModelSettings, PetSettings, RecoverSettings
@@ -257,6 +258,44 @@ def test_a_checkpoint_of_auto_gptq_is_a_source(made, tmp_path):
     assert torch.equal(canary(load_model(folder)), canary(load_model(packed)))
     with pytest.raises(Unsupported, match="GPTQ needs plain weights; the model is quantised"):
         compress(folder, tmp_path / "again")
+
+
+def words(codes):
+    """Integers of 4 bits (n x m) as auto-gptq packs them: eight rows in one of int32, the first in the lowest bits."""
+    eights = codes.view(-1, 8, codes.shape[1]) << (4 * torch.arange(8))[None, :, None]
+    return eights.sum(1).to(torch.int32)  # what is above 2^31 wraps round, as the bits are to
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in the config", "in a file of its own"])
+def test_a_checkpoint_written_bit_by_bit_computes_what_it_says(made, tmp_path, apart):
+    """In auto-gptq's format, asymmetric; its early versions keep the settings in quantize_config.json alone."""
+    dense, _, _ = made("llama")
+    tensors, plain, g = load_file(dense / "model.safetensors"), load_model(dense), torch.Generator().manual_seed(0)
+    for name, layer in block_linears(plain).items():
+        high, wide = layer.weight.shape
+        codes = torch.randint(0, 16, (wide, high), generator=g)
+        zeros = torch.randint(1, 16, (wide // 32, high), generator=g)
+        scales = (torch.rand(wide // 32, high, generator=g) * 0.02).half()
+        order = torch.arange(wide) // 32
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.qweight": words(codes), f"{name}.qzeros": words((zeros - 1).T).T.contiguous()}
+        tensors |= {f"{name}.scales": scales, f"{name}.g_idx": order.int()}
+        layer.weight.data.copy_(((codes - zeros[order]) * scales[order].float()).T)
+    folder = tmp_path / "given"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    said = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": False, "true_sequential": True}
+    if apart:
+        (folder / "quantize_config.json").write_text(json.dumps(said))
+    else:
+        config["quantization_config"] = {**said, "quant_method": "gptq"}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(folder)
+    for name, layer in block_linears(plain).items():
+        torch.testing.assert_close(dense_weight(block_linears(model)[name]), layer.weight, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(canary(model), canary(plain), rtol=1e-2, atol=1e-2)
+    assert source_facts(folder)["quantised"] == {"method": "gptq", "bits": 4, "group": 32}
 
 
 def test_layers_that_read_one_input_share_a_pass_and_nothing_changes(made, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from cpet_bench.models.arch import block_linears, dense_weight, features, is_lin
 from cpet_bench.models.loading import load_model
 from cpet_bench.models.packed import PackedLinear, pack, unpack
 from cpet_bench.models.pool import ModelPool
+from cpet_bench.models.sources import facts as source_facts
 from cpet_bench.pet import methods
 from cpet_bench.restoring import recover
 from cpet_bench.settings import PetSettings, RecoverSettings
@@ -160,6 +161,7 @@ def test_bytes_are_those_of_the_formula_on_disk_and_in_memory(folders, made, arc
     packed = sum(t.numel() * t.element_size() for k, t in stored.items() if k.endswith(("packed", "scales", "zeros")))
     assert packed == pytest.approx(formula, rel=0.01) and facts["packed_bytes"] == packed and facts["weights"] == weights
     assert facts["bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert source_facts(out)["quantised"] == {"method": "cpet_packed", "bits": bits, "group": 64}  # given as a model
     saved = resident_bytes(dense) - resident_bytes(model)
     assert saved == pytest.approx(4 * weights - formula, rel=0.01)
 

@@ -33,11 +33,15 @@ def _trust(config: dict[str, Any]) -> bool:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder."""
+    """config.json of a model folder, with the quantization_config that early auto-gptq checkpoints keep in another file."""
     try:
-        return json.loads(Path(folder, "config.json").read_text())
+        config = json.loads(Path(folder, "config.json").read_text())
     except FileNotFoundError:
         raise InputError(f"{folder} is no model folder: it has no config.json.") from None
+    apart = Path(folder, "quantize_config.json")
+    if "quantization_config" not in config and apart.is_file():
+        config["quantization_config"] = {"quant_method": "gptq", **json.loads(apart.read_text())}
+    return config
 
 
 def load_model(

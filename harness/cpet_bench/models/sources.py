@@ -229,7 +229,9 @@ def facts(folder: Path) -> dict[str, Any]:
     found = {"parameters": count, "dtypes": sorted(formats), "bytes": size}
     given = load_config(folder).get("quantization_config")
     if given:
-        found["quantised"] = {"method": given.get("quant_method"), "bits": given.get("bits"), "group": given.get("group_size")}
+        bits = given.get("bits") or next((n for n in (8, 4) if given.get(f"load_in_{n}bit")), None)
+        group = given.get("group_size", given.get("group"))
+        found["quantised"] = {"method": given.get("quant_method"), "bits": bits, "group": group}
     return found
 
 
