@@ -22,6 +22,18 @@ def test_the_whole_way_on_a_gpu(cli):
         assert record["provenance"]["device"]["name"] == torch.cuda.get_device_name(0)
 
 
+def test_gptq_on_a_gpu(cli):
+    pytest.importorskip("gptqmodel")
+    lines = "compression: {none: none, gptq4: {backend: gptq}, gptq3: {backend: gptq, bits: 3, desc_act: true}}"
+    matrix = cli.matrix(f"name: gptq\n{lines}\ndevice: {{devices: [\"cuda:0\"], dtype: bfloat16}}\n")
+    done = cli("run", matrix)
+    assert done.returncode == 0, done.stderr
+    records = cli.records("gptq")
+    assert {r["status"] for r in records.values()} == {"done"}
+    losses = [records[UNTUNED.format(name)]["metrics"]["log_loss"]["value"] for name in ("none", "gptq4", "gptq3")]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=0.2)
+
+
 def test_float32_says_the_same_as_on_a_processor(smoke, cli):
     """Without TF32 a dense model's log-probabilities differ by rounding alone."""
     matrix = cli.matrix("name: gpu\ndevice: {devices: [\"cuda:0\"], dtype: float32, tf32: false}\n")

@@ -26,7 +26,7 @@ class GptqSettings(Settings):
     group: inputs that share a scale and a zero; -1 is the whole row, None the largest of 128, 64 and 32 that divides the width
         of every layer.
     desc_act: columns by falling diagonal of the Hessian (act order), each with the group it falls into, which costs speed.
-    act_group_aware: the same order, but groups stay of neighbouring columns; None: wherever desc_act is not given.
+    act_group_aware: the same order, but groups stay of neighbouring columns; None: wherever there are groups without desc_act.
     sym: levels on both sides of zero alike. damp: added to the Hessian's diagonal, as a share of its mean (the paper's 1 %).
     """
 
@@ -42,6 +42,8 @@ class GptqSettings(Settings):
     def _one_order(self):
         if self.desc_act and self.act_group_aware:
             raise ValueError("desc_act and act_group_aware are two orders of the columns; give one of them")
+        if self.group == -1 and self.act_group_aware:
+            raise ValueError("act_group_aware needs groups, and group -1 is the whole row")
         return self
 
 
@@ -174,7 +176,9 @@ def quantise(model, layers: dict[str, Any], examples: list[list[int]], settings:
     device = next(blocks[0].parameters()).device
     if device.type == "cuda" and not hasattr(model, "hf_device_map"):
         model.hf_device_map = {"": device}  # else optimum moves each block to the first GPU
-    aware = not settings.desc_act if settings.act_group_aware is None else settings.act_group_aware
+    aware = settings.act_group_aware
+    if aware is None:
+        aware = group > 0 and not settings.desc_act
     how = GPTQQuantizer(
         bits=settings.bits,
         dataset=batches(examples),
