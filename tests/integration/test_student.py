@@ -303,7 +303,7 @@ def test_a_student_of_a_student_keeps_both_notes(made, tmp_path):
     Student.compress(made["opt"].out, tmp_path / "out", settings, examples=examples(5), **HOW)
     note = json.loads((tmp_path / "out/cpet_compression.json").read_text())
     assert note["kept_blocks"] == {"model.decoder.layers": [0]}
-    assert note["before"]["kept_blocks"] == {"model.decoder.layers": [0, 3]}
+    assert note["before"][0]["kept_blocks"] == {"model.decoder.layers": [0, 3]}
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
