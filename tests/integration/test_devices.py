@@ -1,6 +1,7 @@
 """Real workers: two that share the processor give what one gives; limits, budgets, and what a platform cannot do."""
 
 import json
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -116,3 +117,18 @@ def test_what_a_platform_cannot_do_is_a_row(cli):
     assert done.returncode == 0, done.stderr
     (record,) = cli.records("flash").values()
     assert record["status"] == "unsupported" and "flash_attention_2 cannot be used here" in record["reason"]["message"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be set back on Linux")
+def test_a_steps_peak_is_its_own():
+    from cpet_bench.worker import peak_memory, reset_peak
+
+    held = [bytearray(65536) for _ in range(6000)]  # 400 MB in pieces that the C library keeps when they are freed
+    high = peak_memory(["cpu"])
+    del held
+    reset_peak(["cpu"])
+    low = peak_memory(["cpu"])
+    assert low < high - 300 * 2**20
+    held = bytearray(b"x") * (200 * 2**20)
+    assert peak_memory(["cpu"]) > low + 150 * 2**20
+    del held
