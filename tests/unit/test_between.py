@@ -98,6 +98,21 @@ def test_bad_input(run, capsys, words, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_perplexities_are_compared_in_nats(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    words, nats = draw.integers(3, 30, N).astype(float), draw.gamma(4.0, 1.0, (2, N))
+    records, outcomes = [], {}
+    for restoring, sums in zip(("cpet", "matched"), nats, strict=True):
+        value = float(np.exp(sums.sum() / words.sum()))
+        one = record(restoring=restoring, metrics={"word_perplexity": metric(value, n=N, higher=False)})
+        records.append(one)
+        outcomes[one["id"]] = rows(sums / words, metric="word_perplexity", weight=words)
+    run = write_run(tmp_path / "run", records, outcomes)
+    (pair,) = between(run, *PAIRS[0]).pairs
+    assert pair.unit == "nats/word" and pair.difference == pytest.approx(np.log(pair.values[1] / pair.values[0]))
+    assert main(["compare", str(run), *PAIRS[0]]) == 0 and "nats/word" in capsys.readouterr().out
+
+
 def test_cells_that_are_not_done_are_said(tmp_path):
     values = np.ones(5)
     good, bad = record(restoring="cpet"), record(restoring="matched", status="failed")

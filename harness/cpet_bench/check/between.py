@@ -11,11 +11,17 @@ from ..records import read_records, run_folders
 from ..stats import holm
 from .pairs import Incomparable, difference
 
+# Perplexities are compared by what they are the exponential of; so are bits per byte, which lm-eval makes of the same sums.
+UNITS = {"word_perplexity": "nats/word", "byte_perplexity": "nats/byte", "bits_per_byte": "nats/byte"}
+
 
 @dataclass
 class Pair:
-    """Two cells in one metric. difference: the first minus the second, the sign turned so that more is better, with its
-    95 % interval. p: two-sided, of no difference; p_holm: after Holm's method over all pairs in this metric."""
+    """Two cells in one metric.
+
+    difference: the first minus the second, the sign turned so that more is better, with its 95 % interval, in `unit` where
+    that is not the metric's own. p: two-sided, of no difference; p_holm: after Holm's method over all pairs in this metric.
+    """
 
     first: str
     second: str
@@ -29,6 +35,7 @@ class Pair:
     p_holm: float | None = None
     documents: int | None = None
     method: str | None = None
+    unit: str | None = None
 
 
 @dataclass
@@ -111,5 +118,6 @@ def _pairs(run: Path, first: dict, second: dict, metric: str | None, level: floa
             continue
         p = 1.0 if d.value == d.low == d.high == 0 else min(1.0, 2 * min(d.p_worse, d.p_not_worse))
         note = f"{d.unpaired} documents in one cell only" if d.unpaired else ""
-        found.append(Pair(*ids, name, note, values, d.value, d.low, d.high, p, None, d.n, d.method))
+        unit = UNITS.get(name.rpartition("/")[2].partition(",")[0])
+        found.append(Pair(*ids, name, note, values, d.value, d.low, d.high, p, None, d.n, d.method, unit))
     return found

@@ -37,6 +37,7 @@ def show(found) -> None:
     from rich.table import Table
 
     console = Console()
+    console = Console(width=max(100, console.width))  # a figure that is cut off says nothing
     for first, second in dict.fromkeys((pair.first, pair.second) for pair in found.pairs):
         rows = [pair for pair in found.pairs if (pair.first, pair.second) == (first, second)]
         documents = max((pair.documents or 0 for pair in rows), default=0)
@@ -51,6 +52,7 @@ def show(found) -> None:
                 table.add_row(escape(pair.metric), *values, escape(pair.note), "", "")
             else:
                 span = f"{pair.difference:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
+                span += f" {pair.unit}" if pair.unit else ""
                 table.add_row(escape(pair.metric), *values, span, _p(pair.p), _p(pair.p_holm))
         console.print(table)
     if found.alone:
