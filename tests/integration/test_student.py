@@ -306,10 +306,28 @@ def test_a_student_of_a_student_keeps_both_notes(made, tmp_path):
     assert note["before"][0]["kept_blocks"] == {"model.decoder.layers": [0, 3]}
 
 
+@pytest.mark.parametrize("more", [{}, {"blocks": 2}], ids=["width", "width and depth"])
+def test_narrower_blocks(made, tmp_path, more):
+    """The teacher is the whole model; the student computes what it is loaded as, is smaller, and learnt."""
+    settings = StudentSettings(width=0.6, importance="l2", steps=20, batch_tokens=128, lr=2e-3, warmup=4, **more)
+    facts = Student.compress(made["llama"].dense, tmp_path / "out", settings, examples=examples(), **HOW)
+    whole, cut = load_model(made["llama"].dense), load_model(tmp_path / "out")
+    blocks = len(cut.model.layers)
+    assert blocks == (2 if more else LAYERS) == len(facts["kept_blocks"]["model.layers"])
+    before, after = (sum(p.numel() for p in m.model.layers[:blocks].parameters()) for m in (whole, cut))
+    assert after / before == pytest.approx(0.6, abs=0.1) and facts["parameters"] == sum(p.numel() for p in cut.parameters())
+    note = json.loads((tmp_path / "out/cpet_compression.json").read_text())
+    assert facts["groups_left"] == {part: len(groups) for part, groups in note["kept"].items()}
+    assert facts["training"]["kl_end"] < facts["training"]["kl_start"]
+    again = Student.compress(made["llama"].dense, tmp_path / "again", settings, examples=examples(), **HOW)
+    assert again["training"]["losses"] == facts["training"]["losses"]
+
+
 # -- what cannot be ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "wrong",
-    [{}, {"depth": 0.5, "blocks": 2}, {"depth": 0}, {"depth": 1.0}, {"blocks": 0}, {"blocks": 1, "kl": 0}]
+    [{}, {"width": 1}, {"width": 0}, {"depth": 0.5, "importance": "l1"}]
+    + [{"depth": 0.5, "blocks": 2}, {"depth": 0}, {"depth": 1.0}, {"blocks": 0}, {"blocks": 1, "kl": 0}]
     + [{"blocks": 1, key: value} for key, value in (("temperature", 0), ("steps", 0), ("lr", 0), ("layers", 3))],
     ids=str,
 )

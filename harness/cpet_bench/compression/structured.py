@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 
+Importance = Literal["vector", "element1", "element2", "mixed", "l1", "l2", "random"]
+
+
 class StructuredSettings(Settings):
     """ratio: the share of the blocks' parameters that goes, reached as nearly as whole groups allow.
 
@@ -32,7 +35,7 @@ class StructuredSettings(Settings):
     """
 
     ratio: Share
-    importance: Literal["vector", "element1", "element2", "mixed", "l1", "l2", "random"] = "element1"
+    importance: Importance = "element1"
     group: Literal["sum", "mean", "max", "prod"] = "sum"
     parts: Literal["auto", "both", "mlp", "heads"] = "auto"
     spare: tuple[Natural, Natural] | None = None

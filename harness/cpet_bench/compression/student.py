@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from ..errors import StepFailed, Stopping
 from ..settings import CalibrationSettings, Natural, Positive, Rate, Settings, TrainSettings
 from .masks import load_plain, refuse_packed, save
+from .structured import Importance
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,8 @@ MEASURED = 64  # held-out documents on which the divergence is measured
 
 
 class StudentSettings(Settings):
-    """Either `depth` (the share of blocks that stays) or `blocks` (how many; of each stack of an encoder-decoder model).
+    """`depth` (the share of blocks that stays) or `blocks` (how many; of each stack of an encoder-decoder model), `width` (the
+    share of those blocks' parameters that stays: neurons and heads go as `structured` chooses by `importance`), or both.
 
     calibration: the text it is trained on. batch_tokens: text of one step. kl, hidden: weights of the two terms of the loss;
     temperature: of the first. lr rises over `warmup` steps and falls linearly to 0. seed: of the order of documents.
@@ -39,6 +41,8 @@ class StudentSettings(Settings):
 
     depth: float | None = Field(None, gt=0, lt=1)
     blocks: Positive | None = None
+    width: float | None = Field(None, gt=0, lt=1)
+    importance: Importance | None = Field(None, description="with width; element1 where it is not given")
     calibration: CalibrationSettings = CalibrationSettings(documents=1000)
     steps: Positive = 100
     batch_tokens: Positive = 2048
@@ -53,25 +57,29 @@ class StudentSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self):
-        if (self.depth is None) == (self.blocks is None):
+        if self.depth is not None and self.blocks is not None:
             raise ValueError("give either depth (such as 0.5) or blocks (such as 12)")
+        if self.depth is None and self.blocks is None and self.width is None:
+            raise ValueError("give depth (such as 0.5), blocks (such as 12) or width (such as 0.8)")
+        if self.importance and self.width is None:
+            raise ValueError("importance belongs to width")
         return self
 
 
 class Student:
-    """A really smaller model: fewer blocks, and all that is left of them trained."""
+    """A really smaller model: fewer or narrower blocks, and all that is left of them trained."""
 
     name = "student"
     version = 1
     packages = ("torch", "transformers")
     calibrated = True
     resumes = True
-    tries = ({"depth": 0.5, "steps": 2},)  # settings that `doctor` tries
+    tries = ({"depth": 0.5, "steps": 2}, {"width": 0.8, "steps": 2})  # settings that `doctor` tries
     Settings = StudentSettings
 
     @staticmethod
     def structure(settings) -> dict[str, Any]:
-        return {"depth": settings.depth, "blocks": settings.blocks}
+        return {"depth": settings.depth, "blocks": settings.blocks, "width": settings.width}
 
     @staticmethod
     def work(settings) -> float:
@@ -104,7 +112,8 @@ class Student:
     ) -> dict[str, Any]:
         """Cut, train and save the student.
 
-        Facts: kept_blocks (by list of blocks, indices in the source), blocks (before and after), parameters (of the student),
+        Facts: kept_blocks (by list of blocks, indices in the source), blocks (before and after), groups_left (with width:
+        neurons and key heads by narrowed part; which ones is in cpet_compression.json), parameters (of the student),
         teacher_parameters, training (see `distill`; with kl_start and kl_end, the divergence per token from the teacher at
         temperature 1 on held-out documents, before and after), bytes. Nothing is simulated.
         """
@@ -121,17 +130,20 @@ class Student:
         student = keep_blocks(teacher, kept).to(device.split("+")[0])
         flags = held_out(examples)
         text = [e for e, out_ in zip(examples, flags, strict=True) if not out_]
+        narrower = narrow(student, settings, text, progress) if settings.width else {}
         held = [e for e, out_ in zip(examples, flags, strict=True) if out_][:MEASURED]
         before = divergence(teacher, student, held or text[:MEASURED])
         facts = distill(teacher, student, kept, text, settings, scratch, progress, should_stop)
         after = divergence(teacher, student, held or text[:MEASURED])
         facts |= {"kl_start": before, "kl_end": after, "measured_on": "held-out documents" if held else "training documents"}
         note = {"backend": "student", **settings.model_dump(mode="json"), "kept_blocks": kept}
+        note |= {"kept": narrower} if narrower else {}
         parameters, of_teacher = (sum(p.numel() for p in m.parameters()) for m in (student, teacher))
         del teacher
         return {
             "kept_blocks": kept,
             "blocks": {name: [total, len(kept[name])] for name, total in lists.items()},
+            **({"groups_left": {part: len(groups) for part, groups in narrower.items()}} if narrower else {}),
             "parameters": parameters,
             "teacher_parameters": of_teacher,
             "calibration_documents": len(examples),
@@ -145,11 +157,27 @@ def spread(total: int, settings: StudentSettings) -> list[int]:
     """Indices of the blocks that stay: evenly over `total`, the first and the last among them (6 of 12: 0 2 4 7 9 11)."""
     from ..errors import Unsupported
 
+    if settings.blocks is None and settings.depth is None:
+        return list(range(total))
     n = settings.blocks or max(1, round(settings.depth * total))
     if n >= total:
         given = f"blocks: {settings.blocks}" if settings.blocks else f"depth: {settings.depth}"
         raise Unsupported(f"the model has {total} blocks, so {given} leaves nothing out; at most {total - 1} can stay")
     return [round(i * (total - 1) / (n - 1)) for i in range(n)] if n > 1 else [0]
+
+
+def narrow(student, settings: StudentSettings, text: list[list[int]], progress) -> dict[str, list[int]]:
+    """Prune neurons and heads of `student` in place, as `structured` does. Returns the groups kept, by part."""
+    from ..models.widths import note_widths
+    from . import structured
+
+    how = structured.StructuredSettings(ratio=1 - settings.width, importance=settings.importance or "element1")
+    few = [tokens[: how.calibration.max_tokens] for tokens in text[: how.calibration.documents]]
+    parts, _ = structured.choose_parts(student, how)
+    widths = structured.widths_for(student, parts, structured.block_parameters(student), how)
+    kept = structured.prune(student, parts, widths, how, few, progress)
+    note_widths(student)
+    return kept
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
