@@ -34,7 +34,9 @@ def configuration(folder: Path, quantised: dict[str, Any], trust: bool):
     from transformers import AutoConfig
 
     # GPT-2 draws `c_proj.weight` anew when it is read; here that is not a tensor but what stands in for one
-    kernel._LinearWeightMetadata._is_hf_initialized = True
+    stand_in = getattr(kernel, "_LinearWeightMetadata", None)
+    if stand_in is not None:
+        stand_in._is_hf_initialized = True
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     config.quantization_config = {**quantised, "backend": KERNEL}
     return config
