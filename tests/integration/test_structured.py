@@ -346,8 +346,11 @@ def test_models_and_shares_it_cannot_take(folders, tmp_path):
         assert not (tmp_path / "never").exists()
         return str(caught.value)
 
-    assert "at most 0.8" in refused(folders / "llama", ratio=0.99)
-    assert "at most" in refused(folders / "llama", ratio=0.6, parts="heads")
+    for given in ({"ratio": 0.99}, {"ratio": 0.6, "parts": "heads"}):
+        message = refused(folders / "llama", **given)
+        works = float(message.rpartition("the nearest that work: ")[2])
+        facts = compress(folders / "llama", tmp_path / str(works), **given | {"ratio": works, "importance": "l1"})
+        assert facts["ratio_reached"] == pytest.approx(works, abs=0.002)
     assert "half a step" in refused(folders / "llama", ratio=0.02, parts="heads")
     assert "half a step" in refused(folders / "llama", ratio=0.001)
     assert "leaves none of the 2 blocks of model.layers" in refused(folders / "llama", ratio=0.1, spare=[1, 1])
@@ -361,6 +364,20 @@ def test_models_and_shares_it_cannot_take(folders, tmp_path):
     for examples, words in (([[5], [7]], "single token"), ([], "calibration documents"), (None, "calibration documents")):
         with pytest.raises(StepFailed, match=words):
             Structured.compress(folders / "llama", tmp_path / "never", settings, **HOW | {"examples": examples})
+
+
+def test_a_share_between_what_heads_and_neurons_can_give_is_named(tmp_path):
+    """Two large key heads beside a narrow MLP: too little without a head, too much with one."""
+    options = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64}
+    tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=500, num_key_value_heads=2, **options)).save_pretrained(tmp_path / "in")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "in")
+    with pytest.raises(Unsupported) as caught:
+        compress(tmp_path / "in", tmp_path / "never", ratio=0.2)
+    near = str(caught.value).rpartition("the nearest that work: ")[2].split(" and ")
+    assert float(near[0]) < 0.2 < float(near[1])
+    for works in map(float, near):
+        facts = compress(tmp_path / "in", tmp_path / str(works), ratio=works, importance="l1")
+        assert facts["ratio_reached"] == pytest.approx(works, abs=0.002)
 
 
 def test_heads_stay_where_a_norm_spans_them(tmp_path):

@@ -7,6 +7,7 @@ narrowed model must compute what the model computes with the removed groups' col
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,23 +164,26 @@ def group_size(model, part: Part) -> int:
 def widths_for(model, chosen: list[Part], total: int, settings: StructuredSettings) -> dict[str, int]:
     """Groups to keep by part (`name.kind`). Every part loses the same share; what whole heads cannot reach, the MLPs carry.
 
-    total: parameters of all blocks. Raises Unsupported, with the largest ratio that works, where the share is out of reach.
+    total: parameters of all blocks. Raises Unsupported, with the nearest ratios that work, where this one does not.
     """
     sizes = {p.label: group_size(model, p) for p in chosen}
     heads, mlps = ([p for p in chosen if p.kind == kind] for kind in ("heads", "mlp"))
     target = settings.ratio * total
     share = target / sum(p.groups * sizes[p.label] for p in chosen)
     most = max((p.groups for p in heads), default=1)
-    reach = 0.0
+    ends = []  # the least and the most that can go with each number of heads
     for level in sorted(range(most), key=lambda k: abs(k / most - share)):  # whole heads to take, the fitting number first
         keep = {p.label: max(1, p.groups - int(level / most * p.groups + 0.5)) for p in heads}
         rest = target - sum((p.groups - keep[p.label]) * sizes[p.label] for p in heads)
         room = sum((p.groups - min(settings.multiple, p.groups)) * sizes[p.label] for p in mlps)
-        reach = max(reach, (target - rest + room) / total)
+        ends += [(target - rest) / total, (target - rest + room) / total]
         if 0 <= rest <= room if mlps else abs(level / most - share) <= 0.5 / most:
             break
     else:
-        raise Unsupported(f"ratio {settings.ratio:g} is out of reach for these blocks and parts; at most {reach:.3f} can go")
+        below = [f"{math.floor(1000 * e) / 1000:g}" for e in sorted(ends) if 0 < e < settings.ratio][-1:]
+        above = [f"{math.ceil(1000 * e) / 1000:g}" for e in sorted(ends) if e > settings.ratio][:1]
+        near = " and ".join([*below, *above])
+        raise Unsupported(f"ratio {settings.ratio:g} is out of reach for these blocks and parts; the nearest that work: {near}")
     every = sum(p.groups * sizes[p.label] for p in mlps)
     for p in mlps:
         step = min(settings.multiple, p.groups)
