@@ -11,9 +11,10 @@ from .text import exists, figure
 
 BAR = (108, 14)  # width and height of an interval bar
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 68, 14, 14, 40
 PLAIN = 400  # points from which a chart has neither whiskers nor texts: they would only hide each other
 COLOURS, SHAPES = 8, 8  # how many the style sheet tells apart
+WIDE = 50  # ratio of the largest to the smallest value from which a scale is logarithmic
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -40,17 +41,46 @@ def domain(values: Iterable[float | None]) -> tuple[float, float]:
     return (max(0.0, low), min(1.0, high)) if inside else (low, high)
 
 
+def wide(values: Iterable[float | None]) -> bool:
+    """Whether positive values span so much that only a logarithmic scale shows the small ones apart."""
+    found = [v for v in values if exists(v)]
+    return bool(found) and min(found) > 0 and max(found) / min(found) >= WIDE
+
+
+def powers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten within [low, high]; the powers alone where those are enough."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    found = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
+    within = [v for v in found if low <= v <= high]
+    tens = [v for v in within if math.log10(v).is_integer()]
+    return tens if len(tens) > 3 else within
+
+
+def log_domain(values: Iterable[float | None]) -> tuple[float, float]:
+    """As `domain`, of the values' decimal logarithms."""
+    low, high = min(logs := [math.log10(v) for v in values if exists(v)]), max(logs)
+    margin = (high - low) * 0.06
+    return low - margin, high + margin
+
+
 def pixel(value: float, low: float, high: float, start: float, end: float) -> float:
     """Where `value` of [low, high] lies between `start` and `end`; a tenth of a pixel."""
     share = (value - low) / (high - low) if high > low else 0.5
     return round(start + min(1.0, max(0.0, share)) * (end - start), 1)
 
 
-def bar(value: float, low: float | None, high: float | None, reference: float | None, span: tuple[float, float]) -> dict:
-    """Places in the bar of a value, its interval and the value of the dense model with PET."""
+def bar(
+    value: float,
+    low: float | None,
+    high: float | None,
+    reference: float | None,
+    span: tuple[float, float],
+    log: bool = False,
+) -> dict:
+    """Places in the bar of a value, its interval and the value of the dense model with PET; `log`: span is of logarithms."""
 
     def at(v):
-        return pixel(v, *span, 4, BAR[0] - 4) if exists(v) else None
+        return pixel(math.log10(v) if log else v, *span, 4, BAR[0] - 4) if exists(v) and (v > 0 or not log) else None
 
     ends = (at(low), at(high)) if exists(low) and exists(high) else None
     return {"x": at(value), "ends": ends, "reference": at(reference)}
@@ -77,16 +107,19 @@ def scatter(points: Sequence[dict[str, Any]], title: str, x_label: str, y_label:
     if len(shown) < 2:
         return None
     x_low, x_high = 0.0, max(p["x"] for p in shown) * 1.06 or 1.0
-    y_low, y_high = domain([v for p in shown for v in (p["y"], p["low"], p["high"])] + [reference])
+    values = [v for p in shown for v in (p["y"], p["low"], p["high"])] + [reference]
+    log = wide(values)
+    y_low, y_high = log_domain(values) if log else domain(values)
 
     def across(v):
         return pixel(v, x_low, x_high, LEFT, WIDTH - RIGHT)
 
     def up(v):
-        return pixel(v, y_low, y_high, HEIGHT - BOTTOM, TOP)
+        return pixel(math.log10(v) if log else v, y_low, y_high, HEIGHT - BOTTOM, TOP)
 
-    levels = ticks(y_low, y_high)
-    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9)) if len(levels) > 1 else 2
+    levels = powers(10**y_low, 10**y_high) if log else ticks(y_low, y_high)
+    step = levels[1] - levels[0] if len(levels) > 1 else 0.01
+    digits = 0 if log and levels[0] >= 1 else max(0, -math.floor(math.log10(step) + 1e-9))
     chart = Chart(
         title,
         x_label,

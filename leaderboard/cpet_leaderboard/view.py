@@ -147,10 +147,11 @@ class Table:
     axes: int = 0  # how many of the columns, at the beginning, are axes
     primary: str | None = None
     better: str = ""
-    span: tuple[float, float] = (0.0, 1.0)
+    span: tuple[float, float] = (0.0, 1.0)  # of the bars; of logarithms where `log` says so
+    log: bool = False
     ranks: list[list[int]] = field(default_factory=list)
     charts: list[charts.Chart] = field(default_factory=list)
-    colours: list[tuple[str, int]] = field(default_factory=list)
+    colours: list[tuple[str, int, int]] = field(default_factory=list)  # name, colour, shape
     shapes: list[tuple[str, int]] = field(default_factory=list)
 
     @property
@@ -200,7 +201,9 @@ def fill(table: Table, axes: list[str]) -> Table:
         table.ranks.append(rank_apart(values, machines) if apart else rank(values))
         column.hint = "of each device by itself: speeds of different ones cannot be compared" if apart else column.hint
     shown = [e.metric(table.primary) for e in done if e.metric(table.primary)]
-    table.span = charts.domain(v for m in shown for v in (m["value"], m.get("low"), m.get("high")))
+    values = [v for m in shown for v in (m["value"], m.get("low"), m.get("high"))]
+    table.log = charts.wide(values)
+    table.span = charts.log_domain(values) if table.log else charts.domain(values)
     _charts(table, done)
     return table
 
@@ -246,6 +249,11 @@ def _charts(table: Table, done: list[Entry]) -> None:
     line = next(iter(references.values())) if len(references) == 1 else None
     y_label = f"{table.primary} ({table.better} is better)" if table.better else str(table.primary)
 
+    alone = len(shapes) == 1  # then shapes, too, tell compressions apart
+
+    def shape(e: Entry) -> int:
+        return (colours[e.axis("compression")] // charts.COLOURS if alone else shapes[method(e)]) % charts.SHAPES
+
     def points(name: str, unit: float, what: str, of: list[Entry]) -> list[dict[str, Any]]:
         found = []
         for e in of:
@@ -257,7 +265,7 @@ def _charts(table: Table, done: list[Entry]) -> None:
                     "low": m.get("low"),
                     "high": m.get("high"),
                     "colour": colours[e.axis("compression")] % charts.COLOURS,
-                    "shape": shapes[method(e)] % charts.SHAPES,
+                    "shape": shape(e),
                     "simulated": e.simulated(what, name),
                     "row": e.row,
                     "text": f"{e.record['id']}: {metric(m['value'])} at {figure(x, unit)}",
@@ -272,8 +280,12 @@ def _charts(table: Table, done: list[Entry]) -> None:
         title = "Quality by decoding speed" + (f" on {one}" if len(machines) > 1 else "")
         drawn.append(charts.scatter(own, title, "decoded tokens per second", y_label, line))
     table.charts = [c for c in drawn if c]
-    table.colours = [(name, i % charts.COLOURS) for name, i in colours.items() if name in used]
-    table.shapes = [(name, i % charts.SHAPES) for name, i in shapes.items()]
+    table.colours = [
+        (name, i % charts.COLOURS, i // charts.COLOURS % charts.SHAPES if alone else 0)
+        for name, i in colours.items()
+        if name in used
+    ]
+    table.shapes = [] if alone and len(used) > charts.COLOURS else [(n, i % charts.SHAPES) for n, i in shapes.items()]
 
 
 def cells_of(table: Table, entry: Entry) -> list[dict[str, Any]]:
@@ -304,7 +316,7 @@ def primary_cell(table: Table, entry: Entry) -> dict[str, Any]:
     written = span(low, high) if exists(low) and exists(high) else "no interval"
     same = name == table.primary
     reference = value(((entry.dense_pet or {}).get("metrics") or {}).get(name))
-    drawn = charts.bar(found["value"], low, high, reference, table.span) if same else None
+    drawn = charts.bar(found["value"], low, high, reference, table.span, table.log) if same else None
     return {"text": metric(found["value"]), "interval": written, "bar": drawn, "name": "" if same else name}
 
 

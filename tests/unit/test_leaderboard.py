@@ -265,6 +265,23 @@ def test_text_and_scales():
     assert payload.losses([{"step": i, "loss": 1.0, "task": 1.0, "distill": None} for i in range(1000)], 100)["step"][-1] == 999
 
 
+def test_perplexities_of_many_sizes_are_drawn_by_their_logarithm():
+    values = [10.0, 100.0, 1000.0]
+    assert charts.wide(values) and not charts.wide([0.1, 0.9]) and not charts.wide([0.0, 900.0]) and not charts.wide([None])
+    assert charts.powers(9, 1100) == [10, 20, 50, 100, 200, 500, 1000] and charts.powers(1, 1e4) == [1, 10, 100, 1000, 10000]
+    span = charts.log_domain(values)
+    places = [charts.bar(v, None, None, None, span, True)["x"] for v in values]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.15) and places[1] == charts.BAR[0] / 2
+    points = [
+        {"x": 1.0, "y": v, "low": v / 1.1, "high": v * 1.1, "colour": 0, "shape": 0, "simulated": False, "row": 0, "text": ""}
+        for v in values
+    ]
+    chart = charts.scatter(points, "t", "x", "y", None)
+    assert [t for _, t in chart.y_ticks] == ["10", "20", "50", "100", "200", "500", "1,000"]
+    ys = [p["y"] for p in chart.points]
+    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.15) and ys[0] > ys[1]
+
+
 @pytest.mark.parametrize("case", ["missing", "empty", "no records", "damaged run.json", "damaged record"])
 def test_clear_errors(tmp_path, twelve, case, capsys):
     folder = twelve.parent / "mode"
