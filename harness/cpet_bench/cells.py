@@ -17,6 +17,7 @@ from .settings import (
     ProbeSettings,
     PromptSettings,
     RestoringSettings,
+    SelectSettings,
     TaskSettings,
     TrainSettings,
 )
@@ -82,13 +83,36 @@ class Cell:
 
     @cached_property
     def train(self) -> TrainSettings:
-        """The matrix's `train`, then the PET method's own, then (but for D) the restoring's own."""
+        """The matrix's `train`, then the task's own, the PET method's own, and (but for D) the restoring's own."""
         changes: dict[str, Any] = {}
         if self.pet is not None:
+            changes |= self.task.train.model_dump(exclude_unset=True)
             changes |= self.pet.train.model_dump(exclude_unset=True)
             if not self.is_dense:
                 changes |= self.restoring.train.model_dump(exclude_unset=True)
         return self.matrix.train.model_copy(update=changes) if changes else self.matrix.train
+
+    @cached_property
+    def select(self) -> SelectSettings | None:
+        """What its learning rate is chosen from; None where it is given.
+
+        The nearest setting counts: the restoring's (but for D), the PET method's, the task's, the matrix's; at each a
+        `train.lr` leaves nothing to choose.
+        """
+        if self.pet is None or not self.train.steps:
+            return None
+        for level in [self.pet] if self.is_dense else [self.restoring, self.pet]:
+            if "select" in level.model_fields_set:
+                return level.select
+            if level.train.lr is not None:
+                return None
+        return None if self.task.train.lr is not None else self.matrix.select
+
+    @property
+    def first(self) -> Cell:
+        """This cell at the matrix's first seed, at which rates are chosen."""
+        seed = self.matrix.seed[0]
+        return self if self.seed == seed else self._other({**self.axes, "seed": seed})
 
     @cached_property
     def dense(self) -> Cell | None:

@@ -23,12 +23,16 @@ PRIOR = {
     "moments": (5.0, 0.2),
     "compensation": (30.0, 0.0),
     "tune": (2.0, 0.11),
+    "trial": (6.0, 0.13),
+    "select": (0.5, 0.0),
     "responses": (2.0, 0.045),
     "metrics": (3.0, 0.001),
     "probe": (8.0, 0.0),
 }
-MEMORY = {"tune": 3e9, "responses": 2e9, "teacher": 2e9, "moments": 3e9, "compensation": 3e9, "compress": 3e9, "probe": 2e9}
-DISK = {"model": 5.4e8, "compress": 4e8, "teacher": 5e7, "moments": 4e8, "compensation": 3e7, "tune": 2e7}
+MEMORY = {"responses": 2e9, "teacher": 2e9, "probe": 2e9}
+MEMORY |= dict.fromkeys(("tune", "trial", "moments", "compensation", "compress"), 3e9)
+DISK = {"model": 5.4e8, "compress": 4e8, "teacher": 5e7, "moments": 4e8, "compensation": 3e7}
+DISK |= dict.fromkeys(("tune", "trial", "select"), 2e7)
 
 
 def trait(step: Step) -> str:
@@ -36,9 +40,9 @@ def trait(step: Step) -> str:
     s = step.settings
     if step.kind == "compress":
         return f"compress {s['backend']}"
-    if step.kind == "tune":
+    if step.kind in ("tune", "trial"):
         parts = [p for p in ("recover", "distill", "control") if p in s]
-        return " ".join(["tune", s["pet"]["method"], *parts])
+        return " ".join([step.kind, s["pet"]["method"], *parts])
     return step.kind
 
 

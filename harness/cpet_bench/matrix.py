@@ -18,6 +18,7 @@ from .settings import (
     ProbeSettings,
     PromptSettings,
     RestoringSettings,
+    SelectSettings,
     Settings,
     TaskSettings,
     TrainSettings,
@@ -32,6 +33,7 @@ PARTS = {
     "probes": ProbeSettings,
     "device": DeviceSettings,
     "limits": LimitSettings,
+    "select": SelectSettings,
 }
 Rule = dict[str, list[str]]
 
@@ -59,6 +61,7 @@ class Matrix(Settings):
     probes: ProbeSettings = ProbeSettings()
     device: DeviceSettings = DeviceSettings()
     limits: LimitSettings = LimitSettings()
+    select: SelectSettings | None = None
     allow_code: bool = False
     include: tuple[Rule, ...] = ()
     exclude: tuple[Rule, ...] = ()

@@ -19,6 +19,7 @@ from .evaluation.tasks import portable, task_spec
 from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
 from .models.sources import adapter_identity
+from .plan_select import choose
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
 
@@ -90,7 +91,7 @@ class Planner:
         return self.plan
 
     # -- pieces --------------------------------------------------------------------------------------------------
-    def _add(self, kind: str, settings: Fixed | dict, needs: dict[str, str], label: str, **rest) -> str:
+    def add(self, kind: str, settings: Fixed | dict, needs: dict[str, str], label: str, **rest) -> str:
         step = make_step(kind, settings, needs, label, **rest)
         self.plan.steps.setdefault(step.key, step)
         return step.key
@@ -102,26 +103,29 @@ class Planner:
         except InputError as error:
             raise self.matrix.place(error, *place) from None
 
-    def _name(self, cell: Cell) -> str:
+    def name(self, cell: Cell) -> str:
         """A cell's names; the task's only where there are several."""
         skip = "task" if len(self.matrix.task) == 1 else None
         return " ".join(f"s{v}" if k == "seed" else str(v) for k, v in cell.axes.items() if k != skip)
 
     @once("task")
-    def _spec(self, cell: Cell, other: str | None = None) -> tuple[dict, dict]:
-        """The spec of the cell's task, or of another one that its files or lm-eval know; and params: where its folder is."""
+    def _spec(self, cell: Cell, other: str | None = None, split: str | None = None) -> tuple[dict, dict]:
+        """The spec of the cell's task, or of another one that its files or lm-eval know; and params: where its folder is.
+
+        split: one to score instead of the one that the task says."""
         task = TaskSettings(include=cell.task.include) if other else cell.task
+        task = task.model_copy(update={"split": split}) if split else task
         name = other or cell.task_name
         spec = self._placed(lambda: task_spec(task, name, self.base, self.allow_code), "task", cell.axes["task"])
         spec, folder = portable(spec)
         return spec, {"task_folder": folder} if folder else {}
 
     @once("model")
-    def _model(self, cell: Cell) -> str:
+    def model(self, cell: Cell) -> str:
         source = registry.get("source", cell.model.source.partition(":")[0])
         identity = self._placed(lambda: source().identity(cell.model, self.base), "model", cell.axes["model"])
         params = {"model": plain(cell.model), "base": str(self.base), "allow_code": self.allow_code}
-        return self._add("model", identity, {}, f"model {cell.axes['model']}", params=params)
+        return self.add("model", identity, {}, f"model {cell.axes['model']}", params=params)
 
     @once("model", "task")
     def _pairs(self, cell: Cell, documents: int, max_tokens: int, task: str | None = None) -> str:
@@ -129,9 +133,11 @@ class Planner:
         name = task or (data.task if data and data.task else cell.task_name)
         other = data if data and not data.task else None
         spec, where = self._spec(cell, name)
+        if other:  # the same rows are the same training data whatever task is then scored
+            spec, where, name = None, {}, other.jsonl or other.dataset
         settings = {
             "spec": spec,
-            "train_data": other,
+            "train_data": other and {k: v for k, v in plain(other).items() if v is not None},
             "split": data.split if data else "train",
             "prompt": cell.prompt,
             "documents": documents,
@@ -140,16 +146,16 @@ class Planner:
         if other and other.jsonl:
             file = self.base / other.jsonl
             settings["content"] = self._placed(lambda: _content(file), "task", cell.axes["task"], "train_data", "jsonl")
-        needs = {"tokenizer": self._model(cell)}
+        needs = {"tokenizer": self.model(cell)}
         label = f"training text of {name} ({documents})"
-        return self._add("pairs", settings, needs, label, params={"base": str(self.base), **where}, work=documents)
+        return self.add("pairs", settings, needs, label, params={"base": str(self.base), **where}, work=documents)
 
     def _calibration(self, cell: Cell, calibration: CalibrationSettings) -> str:
         return self._pairs(cell, calibration.documents, calibration.max_tokens, calibration.task)
 
     @once("model", "compression", "task")
     def _compressed(self, cell: Cell) -> str:
-        key = self._model(cell)
+        key = self.model(cell)
         for i, choice in enumerate(cell.compression):
             backend = registry.get("compression", choice.name)
             settings = {
@@ -165,10 +171,10 @@ class Planner:
             if len(cell.compression) > 1:
                 label += f" ({i + 1} of {len(cell.compression)}, {choice.name})"
             work = backend.work(choice.settings) if hasattr(backend, "work") else 0.0
-            key = self._add("compress", settings, needs, label, packages=backend.packages, work=work)
+            key = self.add("compress", settings, needs, label, packages=backend.packages, work=work)
         return key
 
-    @once("compression", "pet", "restoring", "seed")
+    @once("compression", "pet", "restoring", "task", "seed")
     def _tune_settings(self, cell: Cell) -> Fixed:
         restoring = cell.restoring
         settings: dict[str, Any] = {
@@ -190,6 +196,25 @@ class Planner:
 
     @once(*AXES)
     def _tune(self, cell: Cell) -> str:
+        if cell.select is None:
+            settings, needs, params, work = self.training(cell)
+        else:
+            chosen = self._chosen(cell.first)
+            if cell is cell.first or cell.seed == cell.first.seed:
+                return chosen
+            settings, needs, params, work = self.training(cell, {})
+            needs["select"] = chosen
+        return self.add("tune", settings, needs, f"tune {self.name(cell)}", params=params, work=work)
+
+    @once("model", "compression", "pet", "restoring", "task")
+    def _chosen(self, cell: Cell) -> str:
+        return choose(self, cell)
+
+    def training(self, cell: Cell, chosen: dict[str, float] | None = None) -> tuple[Fixed | dict, dict, dict, int]:
+        """Settings, needs, params and work of the step that trains a cell.
+
+        chosen: rate and weight of distillation in place of the cell's own; what is missing in it is left to another step.
+        """
         restoring, train = cell.restoring, cell.train
         needs = {
             "model": self._compressed(cell),
@@ -205,12 +230,18 @@ class Planner:
             needs["init"] = self._compensation(cell, restoring.recover)
         if restoring.distill:
             needs["features"] = self._teacher(cell, restoring.distill)
-        work = max(1, train.steps * train.batch)
-        return self._add("tune", self._tune_settings(cell), needs, f"tune {self._name(cell)}", params=params, work=work)
+        settings = self._tune_settings(cell)
+        if chosen is not None:
+            settings = dict(settings.value)
+            settings["train"] = {k: v for k, v in settings["train"].items() if k != "lr"}
+            settings["train"] |= {"lr": chosen["lr"]} if "lr" in chosen else {}
+            if "weight" in chosen:
+                settings["distill"] = settings["distill"] | {"weight": chosen["weight"]}
+        return settings, needs, params, max(1, train.steps * train.batch)
 
     def _teacher(self, cell: Cell, distill: DistillSettings) -> str:
         steps = cell.train.steps + (cell.dense.train.steps if cell.restoring.control == "longer" else 0)
-        model = self._model(cell) if distill.teacher == "dense" else self._compressed(cell)
+        model = self.model(cell) if distill.teacher == "dense" else self._compressed(cell)
         return self._features(cell.dense, model, distill, cell.train.model_copy(update={"steps": steps}))
 
     @once("model", "pet", "task", "seed")
@@ -227,21 +258,21 @@ class Planner:
             "pairs": self._pairs(dense, train.documents, train.max_tokens),
         }
         work = train.steps * train.batch
-        return self._add("teacher", settings, needs, f"teacher of {self._name(dense)}", work=work)
+        return self.add("teacher", settings, needs, f"teacher of {self.name(dense)}", work=work)
 
     @once("model", "compression", "task")
     def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
         compressed = self._compressed(cell)
-        needs = {"dense": self._model(cell), "model": compressed}
+        needs = {"dense": self.model(cell), "model": compressed}
         name = f"{cell.axes['model']} {cell.axes['compression']}"
         if recover.init == "eora":
             calibration = recover.calibration
             own = {"documents": calibration.documents, "max_tokens": calibration.max_tokens, "seed": calibration.seed}
             inner = {"model": compressed, "pairs": self._calibration(cell, calibration)}
             label = f"input moments of {name}"
-            needs["moments"] = self._add("moments", own | self.numeric, inner, label, work=calibration.documents)
+            needs["moments"] = self.add("moments", own | self.numeric, inner, label, work=calibration.documents)
         settings = {"method": recover.init, "r": recover.r, "scale": recover.scale}
-        return self._add("compensation", settings, needs, f"{recover.init} start for {name}")
+        return self.add("compensation", settings, needs, f"{recover.init} start for {name}")
 
     @once("compression", "pet", "restoring")
     def _probe_settings(self, cell: Cell) -> tuple[Fixed, tuple[str, ...]]:
@@ -268,33 +299,35 @@ class Planner:
     @once("model", "compression", "pet", "restoring", "task")
     def _probe(self, cell: Cell) -> str:
         settings, packages = self._probe_settings(cell)
-        needs = {"model": self._compressed(cell) if settings.value["structure"] else self._model(cell)}
+        needs = {"model": self._compressed(cell) if settings.value["structure"] else self.model(cell)}
         names = [str(cell.axes[k]) for k in ("model", "compression", "pet", "restoring")]
-        return self._add("probe", settings, needs, f"probe {' '.join(names)}", packages=packages)
+        return self.add("probe", settings, needs, f"probe {' '.join(names)}", packages=packages)
 
     @once("model", "task")
-    def _requests(self, cell: Cell) -> tuple[str, Fixed, dict]:
-        spec, where = self._spec(cell)
-        shared = fixed({"spec": spec, "prompt": cell.prompt, "limit": cell.task.limit})
-        needs, label = {"tokenizer": self._model(cell)}, f"requests of {cell.axes['task']}"
-        return self._add("requests", shared, needs, label, params=where, work=cell.task.limit or 1000), shared, where
+    def requests(self, cell: Cell, split: str | None = None, documents: int | None = None) -> tuple[str, Fixed, dict]:
+        """Key, settings and params of the requests of a cell's task; of `documents` of another split where one is named."""
+        spec, where = self._spec(cell, None, split)
+        limit = documents if split else cell.task.limit
+        shared = fixed({"spec": spec, "prompt": cell.prompt, "limit": limit})
+        needs, label = {"tokenizer": self.model(cell)}, f"requests of {cell.axes['task']}" + (f" ({split})" if split else "")
+        return self.add("requests", shared, needs, label, params=where, work=limit or 1000), shared, where
 
     def _cell(self, cell: Cell) -> dict[str, str]:
-        roles = {"model": self._model(cell)}
+        roles = {"model": self.model(cell)}
         if cell.compression:
             roles["compress"] = self._compressed(cell)
         if cell.pet:
             roles["tune"] = self._tune(cell)
             if cell.restoring.inherit or cell.restoring.distill:
                 roles["dense_tune"] = self._tune(cell.dense)
-        requests, shared, where = self._requests(cell)
-        work, name = cell.task.limit or 1000, self._name(cell)
+        requests, shared, where = self.requests(cell)
+        work, name = cell.task.limit or 1000, self.name(cell)
         needs = {"model": roles.get("compress", roles["model"]), "requests": requests}
         if "tune" in roles:
             needs["adapter"] = roles["tune"]
-        roles["responses"] = self._add("responses", self.scoring, needs, f"score {name}", work=work)
+        roles["responses"] = self.add("responses", self.scoring, needs, f"score {name}", work=work)
         needs = {"requests": requests, "responses": roles["responses"], "tokenizer": roles["model"]}
-        roles["metrics"] = self._add("metrics", shared, needs, f"metrics {name}", params=where, work=work)
+        roles["metrics"] = self.add("metrics", shared, needs, f"metrics {name}", params=where, work=work)
         if cell.probes.throughput or cell.probes.memory:
             roles["probe"] = self._probe(cell)
         return roles

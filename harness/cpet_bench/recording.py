@@ -67,11 +67,21 @@ def identity(cell: Cell) -> dict[str, Any]:
             "pet": {"method": cell.pet.method, **cell.pet.fields} if cell.pet else None,
             "restoring": cell.restoring,
             "task": {**plain(cell.task), "name": cell.task_name},
-            "train": cell.train if cell.pet else None,
+            "train": _train(cell),
             "prompt": cell.prompt,
             "probes": cell.probes,
         }
     )
+
+
+def _train(cell: Cell) -> dict[str, Any] | None:
+    """Training settings; of a rate that was chosen (the record's `training` has it) what it was chosen from."""
+    if not cell.pet:
+        return None
+    found = plain(cell.train)
+    if cell.select:
+        found = {k: v for k, v in found.items() if k != "lr"} | {"select": plain(cell.select)}
+    return found
 
 
 class Recorder:
@@ -173,8 +183,18 @@ class Recorder:
             facts["inherited"] = {"id": cell.dense.id, **inherited}
         else:
             facts["inherited"] = None
-        facts["peak_memory"] = found["tune"].costs["peak_memory"]
+        facts["peak_memory"] = self._trained(cell).costs["peak_memory"]
         return facts
+
+    def _trained(self, cell: Cell) -> Manifest:
+        """Manifest of the step that trained the cell's module: of a choice, the trial that won."""
+        key = self.plan.roles[cell.id]["tune"]
+        manifest = self.store.manifest(key)
+        if self.plan.steps[key].kind == "select":
+            selection = manifest.facts["selection"]
+            won = self.plan.steps[key].settings["grid"].index(selection["chosen"])
+            return self.store.manifest(self.plan.steps[key].needs[f"trial{won}"]) or manifest  # it may have been pruned
+        return manifest
 
     def _costs(self, cell: Cell, found: dict[str, Manifest]) -> dict[str, Any]:
         roles = self.plan.roles[cell.id]

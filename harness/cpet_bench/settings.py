@@ -54,17 +54,23 @@ class TrainData(Settings):
     """Other training data than the task's own training split: another task, a JSONL file, or a `datasets` set.
 
     Rows of `jsonl` and `dataset` have `prompt` and either `completion`, or `choices` (texts) with `label` (an index).
+
+    prompt, completion: Jinja templates over a row's own columns, for rows that have other ones.
     """
 
     task: str | None = None
     jsonl: str | None = None
     dataset: str | None = None
     split: str = "train"
+    prompt: str | None = None
+    completion: str | None = None
 
     @model_validator(mode="after")
     def _one(self):
         if sum(x is not None for x in (self.task, self.jsonl, self.dataset)) != 1:
             raise ValueError("give exactly one of task, jsonl, dataset")
+        if self.task is not None and (self.prompt is not None or self.completion is not None):
+            raise ValueError("prompt and completion are templates for rows of a jsonl file or a dataset; a task has its own")
         return self
 
 
@@ -123,19 +129,6 @@ class TrainOverride(Settings):
     gradient_checkpointing: bool | None = None
 
 
-class PetSettings(BaseModel):
-    """A PET method by PEFT's name of it (`lora`, `ia3`, ...) with PEFT's own field names beside it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
-    method: str
-    train: TrainOverride = TrainOverride()
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """PEFT's own fields, as the matrix gives them."""
-        return dict(self.__pydantic_extra__ or {})
-
-
 def _switch(value):
     """`true` stands for the part with its defaults, `false` and `null` for no such part."""
     return {} if value is True else None if value is False else value
@@ -143,6 +136,51 @@ def _switch(value):
 
 def _switched(cls: type[Settings]) -> Any:
     return Annotated[cls | None, BeforeValidator(_switch, json_schema_input_type=cls | bool | None)]
+
+
+class SelectSettings(Settings):
+    """Learning rates to choose from: each is trained at the matrix's first seed and scored on validation documents.
+
+    The one with the best primary metric (then the least log-loss, then the smallest rate) is used for every seed.
+
+    weight: also weights of distillation to choose from, each with each rate; of no effect where nothing is distilled.
+    on: the split that decides; never the one that is reported. documents: how many of it.
+    """
+
+    lr: tuple[Rate, ...] = Field(min_length=2, max_length=32)
+    weight: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field((), max_length=32)
+    on: Literal["validation"] = "validation"
+    documents: Positive = 500
+
+    @model_validator(mode="after")
+    def _distinct(self):
+        for name in ("lr", "weight"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names the same value twice")
+        return self
+
+
+def _one_rate(self):
+    if self.select is not None and self.train.lr is not None:
+        raise ValueError("give either train.lr or select, not both: a rate that is chosen cannot be given")
+    return self
+
+
+class PetSettings(BaseModel):
+    """A PET method by PEFT's name of it (`lora`, `ia3`, ...) with PEFT's own field names beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    method: str
+    train: TrainOverride = TrainOverride()
+    select: _switched(SelectSettings) = None
+
+    _rate = model_validator(mode="after")(_one_rate)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """PEFT's own fields, as the matrix gives them."""
+        return dict(self.__pydantic_extra__ or {})
 
 
 class InheritSettings(Settings):
@@ -215,6 +253,9 @@ class RestoringSettings(Settings):
     control: Literal["matched", "wider", "longer"] | None = None
     of: str | None = Field(None, description="the restoring (by its name in the matrix) that a control is matched to")
     train: TrainOverride = TrainOverride()
+    select: _switched(SelectSettings) = None
+
+    _rate = model_validator(mode="after")(_one_rate)
 
     @model_validator(mode="after")
     def _control(self):
@@ -252,6 +293,7 @@ class TaskSettings(Settings):
 
     name: lm-eval's name of it (None: the key it stands under); include: a folder with the user's own task YAML.
     split: which split is scored. limit: documents scored (None: all). train_data: instead of its own training split.
+    train: training settings of this task's own; the PET method's are nearer, then the restoring's.
     """
 
     name: str | None = None
@@ -259,6 +301,7 @@ class TaskSettings(Settings):
     split: Literal["test", "validation"] = "test"
     limit: Positive | None = None
     train_data: TrainData | None = None
+    train: TrainOverride = TrainOverride()
 
 
 class ThroughputSettings(Settings):
@@ -295,6 +338,8 @@ class LimitSettings(Settings):
     moments: Time | None = None
     compensation: Time | None = None
     tune: Time | None = None
+    trial: Time | None = None
+    select: Time | None = None
     responses: Time | None = None
     metrics: Time | None = None
     probe: Time | None = None

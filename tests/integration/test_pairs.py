@@ -277,3 +277,31 @@ def test_calibration_text_is_prompt_and_answer(place, tokenizer, tmp_path):
     assert calibration_ids(tmp_path, 4, 6, 0) == few != calibration_ids(tmp_path, 4, 6, 1)
     with pytest.raises(StepFailed, match="no text to calibrate on"):
         calibration_ids(tmp_path, 4, 0, 0)
+
+
+def test_templates_over_a_rows_own_columns(tmp_path, tokenizer):
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Say hi.", "input": "", "output": "hi"}]
+    file = tmp_path / "alpaca.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    prompt = "Do: {{ instruction }}{% if input %} With {{ input }}.{% endif %}\nAnswer:\n"
+    build_pairs(
+        None, TrainData(jsonl=str(file), prompt=prompt, completion="{{ output }}"), PLAIN, tokenizer, tmp_path / "t", 100, 512
+    )
+    found = {(tokenizer.decode(r["context_ids"]), tokenizer.decode(r["target_ids"])) for r in read_pairs(tmp_path / "t")}
+    plain = tmp_path / "plain.jsonl"
+    said = [("Do: Add. With 1 2.\nAnswer:\n", "3"), ("Do: Say hi.\nAnswer:\n", "hi")]
+    plain.write_text("".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in said))
+    build_pairs(None, TrainData(jsonl=str(plain)), PLAIN, tokenizer, tmp_path / "p", 100, 512)
+    wanted = {(tokenizer.decode(r["context_ids"]), tokenizer.decode(r["target_ids"])) for r in read_pairs(tmp_path / "p")}
+    assert found == wanted and len(found) == 2
+    for template, says in (
+        ("{{ instructions }}", "'instructions' is undefined. Did you mean instruction"),
+        ("{{ input", "the template of prompt"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ):
+        with pytest.raises(InputError, match=says) as caught:
+            data = TrainData(jsonl=str(file), prompt=template, completion="{{ output }}")
+            build_pairs(None, data, PLAIN, tokenizer, tmp_path / "w", 100, 512)
+        assert caught.value.key == "train_data.prompt" and caught.value.line == 1
+    with pytest.raises(ValueError, match="a task has its own"):
+        TrainData(task="x", prompt="{{ y }}")

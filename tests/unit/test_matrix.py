@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_plans import MACHINE
 
 from cpet_bench.cells import expand
 from cpet_bench.errors import InputError
 from cpet_bench.matrix import load_matrix
+from cpet_bench.plan import Planner
 
 REPO = Path(__file__).parents[2]
 BASE = """name: test
@@ -111,6 +113,27 @@ def test_training_settings_are_layered_and_d_keeps_its_own(tmp_path):
     assert (vanilla.dense.train.lr, vanilla.dense.train.steps) == (2e-3, 7)
     assert cells["tiny--nf4--lora--cpet--movie_reviews--s0"].train.lr == 2e-3
     assert cells["tiny--nf4--none--none--movie_reviews--s0"].train.lr == 1e-3
+
+
+def test_a_tasks_own_training_settings(tmp_path):
+    text = BASE.replace("limit: 10}", "limit: 10, train: {lr: 5e-4, steps: 9}}\n  movie_snippets: {}")
+    text = text.replace("cpet: {", "cpet: {train: {steps: 11}, ")
+    cells = {c.id: c for c in expand(load(text, tmp_path))}
+    vanilla, other = (cells[f"tiny--nf4--lora--vanilla--{t}--s0"] for t in ("movie_reviews", "movie_snippets"))
+    assert (vanilla.train.lr, vanilla.train.steps, other.train.lr, other.train.steps) == (5e-4, 9, 1e-3, 40)
+    cpet = cells["tiny--nf4--lora--cpet--movie_reviews--s0"]
+    assert (cpet.train.steps, cpet.dense.train.steps, cpet.train.lr) == (11, 9, 5e-4)
+    keys = Planner(load(text, tmp_path), MACHINE).build(list(cells.values())).roles
+    assert keys[vanilla.id]["tune"] != keys[other.id]["tune"]
+
+
+def test_tasks_trained_on_the_same_rows_share_the_training(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    data = "train_data: {jsonl: rows.jsonl, prompt: '{{ q }}', completion: '{{ a }}'}"
+    text = BASE.replace("movie_reviews: {limit: 10}", f"movie_reviews: {{{data}}}\n  movie_snippets: {{{data}}}")
+    plan = Planner(matrix := load(text, tmp_path), MACHINE).build(expand(matrix))
+    one, two = (plan.roles[f"tiny--nf4--lora--cpet--{t}--s0"] for t in ("movie_reviews", "movie_snippets"))
+    assert one["tune"] == two["tune"] and one["dense_tune"] == two["dense_tune"] and one["responses"] != two["responses"]
 
 
 def test_rules(tmp_path):

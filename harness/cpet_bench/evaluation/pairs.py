@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 
 
 def build_pairs(
-    spec: dict[str, Any],
+    spec: dict[str, Any] | None,
     train_data: TrainData | None,
     prompt: PromptSettings,
     tokenizer,
@@ -45,7 +45,7 @@ def build_pairs(
     answer and an end of text for generation.
 
     Args:
-        spec: the task whose split `split` is used, unless train_data names a JSONL file or a `datasets` set.
+        spec: the task whose split `split` is used; None where train_data names a JSONL file or a `datasets` set.
 
     Returns facts: documents, tokens, kind, and the loss it is for. Raises InputError where a task has no such split, or a
     row of the user's data is not as it should be.
@@ -63,7 +63,8 @@ def build_pairs(
         context = row["context_ids"][-max_tokens:]
         rows.append({"choice_ids": [], "gold": -1, **row, "target_ids": target, "context_ids": context})
     if not rows:
-        raise InputError(f"there are no training documents in {spec['name']}", key="train_data")
+        name = spec["name"] if spec else train_data.jsonl or train_data.dataset
+        raise InputError(f"there are no training documents in {name}", key="train_data")
     write_table(rows, SCHEMA, Path(out, "pairs.parquet"))
     choices = sum(bool(r["choice_ids"]) for r in rows)
     return {
@@ -152,10 +153,12 @@ def _own(data: TrainData, prompt: PromptSettings, encoder: Encoder, documents: i
     """
     rows = dict(_jsonl(Path(data.jsonl)) if data.jsonl else _dataset(data))
     names = document_ids(rows)
+    templates = {key: text for key in ("prompt", "completion") if (text := getattr(data, key)) is not None}
     render = chat_template(prompt, encoder)
     found = []
     for place in sorted(rows, key=lambda p: names[p])[:documents]:
         row, where = rows[place], {"file": data.jsonl or data.dataset, "line": place}
+        row = row | {key: _filled(template, row, key, where) for key, template in templates.items()}
         context = _text(row, "prompt", where)
         delimiter = " "
         if render:
@@ -176,6 +179,20 @@ def _own(data: TrainData, prompt: PromptSettings, encoder: Encoder, documents: i
             example = {"context_ids": pairs[0][0], "choice_ids": [p[1] for p in pairs], "gold": label}
         found.append({"document": names[place], **example})
     return found
+
+
+def _filled(template: str, row: dict, key: str, where: dict) -> str:
+    """A template of the user's over a row's columns; sandboxed, as a template may come from anywhere."""
+    from jinja2 import StrictUndefined, TemplateError, UndefinedError
+    from jinja2.sandbox import SandboxedEnvironment
+
+    try:
+        return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template).render(row)
+    except UndefinedError as error:
+        more = {"key": f"train_data.{key}", "given": error.message.split("'")[1], "allowed": map(str, row)}
+        raise InputError(f"the template of {key}: {error.message}", **more, **where) from None
+    except TemplateError as error:
+        raise InputError(f"the template of {key}: {error}", key=f"train_data.{key}", **where) from None
 
 
 def _text(row: dict, key: str, where: dict) -> str:

@@ -49,6 +49,8 @@ _TEXT = ("lm-eval", "transformers", "datasets")
 _TASKS = ("evaluation.tasks", "evaluation.task_files", "evaluation.encoding", "evaluation.requests")
 _SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "generation"))
 _PASS = ("training_model", "training_rows", "models.arch")
+_TUNE = ("training", "training_losses", "training_state", "pet.methods", "restoring.recover", "restoring.fairness", *_PASS)
+_METRICS = ("evaluation.metrics", "evaluation.intervals", "stats")
 _ALL = [
     _kind("model", 1, (), "models:run_model", "models.sources", "models.pypi", "models.tiny"),
     _kind("compress", 1, TORCH, "models:run_compress", "models.loading", "models.arch", "models.routers", "compression.masks"),
@@ -57,16 +59,17 @@ _ALL = [
     _kind("teacher", 1, (*TORCH, "peft"), "tuning:run_teacher", "restoring.distill", "deployment", *_PASS),
     _kind("moments", 1, TORCH, "tuning:run_moments", "restoring.compensate", "models.passes", "models.arch"),
     _kind("compensation", 1, TORCH, "tuning:run_compensation", "restoring.compensate", "models.arch"),
+    _kind("tune", 1, (*TORCH, "peft", "bitsandbytes"), "tuning:run_tune", *_TUNE),
     _kind(
-        "tune",
+        "trial",
         1,
-        (*TORCH, "peft", "bitsandbytes"),
-        "tuning:run_tune",
-        *("training", "training_losses", "training_state", "pet.methods", "restoring.recover", "restoring.fairness"),
-        *_PASS,
+        (*TORCH, "peft", "bitsandbytes", "lm-eval"),
+        "selecting:run_trial",
+        *("steps.tuning", *_TUNE, "deployment", *_SCORING, *_METRICS),
     ),
+    _kind("select", 1, (), "selecting:run_select"),
     _kind("responses", 1, (*TORCH, "peft"), "scoring:run_responses", "deployment", *_SCORING),
-    _kind("metrics", 1, ("lm-eval",), "data:run_metrics", "evaluation.metrics", "evaluation.intervals", "stats"),
+    _kind("metrics", 1, ("lm-eval",), "data:run_metrics", *_METRICS),
     _kind("probe", 1, (*TORCH, "peft"), "scoring:run_probe", "probes.throughput", "probes.memory"),
 ]
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}

@@ -15,7 +15,8 @@ def _prompt(ctx: Context) -> PromptSettings:
 def _spec(ctx: Context) -> dict:
     from ..evaluation.tasks import placed
 
-    return placed(ctx.settings["spec"], ctx.params.get("task_folder"))
+    spec = ctx.settings["spec"]
+    return spec and placed(spec, ctx.params.get("task_folder"))
 
 
 def run_pairs(ctx: Context) -> dict:

@@ -120,8 +120,12 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     from ..training import train
 
     s = ctx.settings
-    settings = TrainSettings.model_validate({**s["train"], "checkpoint_every": ctx.params["checkpoint_every"]})
-    distill = DistillSettings.model_validate(s["distill"]) if "distill" in s else None
+    selection = ctx.facts.get("select", {}).get("selection")  # of a rate that was chosen at another seed
+    chosen = selection["chosen"] if selection else {}
+    rate = {"lr": chosen["lr"]} if chosen else {}
+    settings = TrainSettings.model_validate({**s["train"], **rate, "checkpoint_every": ctx.params["checkpoint_every"]})
+    weight = {"weight": chosen["weight"]} if "weight" in chosen else {}
+    distill = DistillSettings.model_validate(s["distill"] | weight) if "distill" in s else None
     extra = (s.get("control") or {}).get("extra_steps", 0)
     count = trainable_count(model)
     facts: dict[str, Any] = {"steps": 0, "documents": 0, "tokens": 0, "flops": 0, "losses": [], "seconds": 0.0}
@@ -153,6 +157,8 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     if "inherit" in ctx.facts:
         source = ctx.facts["inherit"]
         facts["inherited"] = {k: source.get(k) for k in ("steps", "tokens", "flops", "seconds")}
+    if selection:
+        facts["selection"] = selection
     return facts
 
 
