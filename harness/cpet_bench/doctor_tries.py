@@ -172,9 +172,9 @@ def compress(folder: Path, name: str) -> str:
 
 
 def pet(folder: Path) -> Iterator[Try]:
-    from .pet.catalogue import peft_methods
+    from .pet.catalogue import pet_methods
 
-    for method in peft_methods():
+    for method in pet_methods():
         yield "pet", method, ("torch", "transformers", "peft"), lambda method=method: two_steps(folder, method)
 
 

@@ -168,7 +168,7 @@ def _one_rate(self):
 
 
 class PetSettings(BaseModel):
-    """A PET method by PEFT's name of it (`lora`, `ia3`, ...) with PEFT's own field names beside it."""
+    """A PET method by PEFT's name of it (`lora`, `ia3`, ...) with PEFT's own field names beside it, or `nola` with its own."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
     method: str
@@ -179,7 +179,7 @@ class PetSettings(BaseModel):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """PEFT's own fields, as the matrix gives them."""
+        """The method's own fields, as the matrix gives them."""
         return dict(self.__pydantic_extra__ or {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .models.arch import block_linears, features, head
+from .pet.nola import weights_beside
 from .training_rows import Document
 
 
@@ -10,10 +11,10 @@ def flops_of(model, documents: list[Document]) -> int:
     """Operations of training on `documents` (each as often as it was read), by formula.
 
     Per token 2 P forward, 2 P backward through the layers to their inputs, and 2 T for the gradients of the T trainable
-    weights, with P the weights of the blocks' linear layers and of all modules beside them; per scored position 4 V d for
-    the head on its V rows that are used. Left out: attention's products (quadratic in length, small here), norms,
-    activations, padding. For an encoder-decoder model the encoder's layers count the text's tokens, the decoder's those it
-    reads itself.
+    weights, with P the weights of the blocks' linear layers and of all modules beside them (for NOLA the numbers of its
+    factors, not its coefficients); per scored position 4 V d for the head on its V rows that are used. Left out: attention's
+    products (quadratic in length, small here), norms, activations, padding, and the making of NOLA's factors once a pass.
+    For an encoder-decoder model the encoder's layers count the text's tokens, the decoder's those it reads itself.
     """
     linear = {"decoder": 0, "encoder": 0}
     trained = {"decoder": 0, "encoder": 0}
@@ -26,8 +27,10 @@ def flops_of(model, documents: list[Document]) -> int:
         n_in, n_out = features(module)
         linear[part(name)] += n_in * n_out
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and not name.startswith("cpet_nola."):
             trained[part(name.removeprefix("cpet_recovery.0."))] += p.numel()
+    for name, count in weights_beside(model).items():
+        trained[part(name)] += count
     weight, _, _ = head(model)
     total = 0
     for d in documents:

@@ -86,18 +86,22 @@ class Reader:
         return found or path
 
     def pet(self, path: Path_, settings: PetSettings) -> PetSettings:
-        """The method and its fields against what the installed PEFT has."""
-        from .pet.catalogue import peft_methods
+        """The method and its fields against what the installed PEFT has, or a method of our own takes."""
+        from .pet.catalogue import pet_methods
+        from .pet.own import OWN, plain_name
 
-        methods = peft_methods()
-        method = settings.method.lower().replace("-", "_")
+        methods = pet_methods()
+        method = plain_name(settings.method)
         if method not in methods:
             message = f"there is no PET method {settings.method[:80]!r}"
             raise self.error((*path, "method"), message, given=settings.method, allowed=methods)
         for key in settings.fields:
             if key not in methods[method]:
-                message = f"PEFT's {method} has no field of this name"
+                whose = method if method in OWN else f"PEFT's {method}"
+                message = f"{whose} has no field of this name"
                 raise self.error((*path, key), message, given=key, allowed=[*methods[method], "train"])
+        if method in OWN:
+            self.model(path, OWN[method], settings.fields)
         return settings
 
 

@@ -98,6 +98,12 @@ def test_the_seed_alone_says_what_the_start_is(folders):
         ({"rnk": 4}, InputError, "rnk"),
         ({"method": "lorra"}, InputError, "lora"),
         ({"r": 0}, Unsupported, "positive integer"),
+        ({"r": 33}, InputError, "v_proj has 64 inputs and 32 outputs, so a rank of 33 .* give at most 32"),
+        ({"r": 8, "rank_pattern": {"layers.1.self_attn.q_proj": 65}}, InputError, "layers.1.self_attn.q_proj .* at most 64"),
+        ({"r": 40, "target_modules": None}, InputError, "v_proj .* at most 32"),
+        ({"r": 40, "target_modules": "all-linear", "exclude_modules": ["q_proj"]}, InputError, "k_proj .* at most 32"),
+        ({"r": 40, "target_modules": r".*\.v_proj", "init_lora_weights": "pissa"}, InputError, "v_proj .* at most 32"),
+        ({"method": "adalora", "r": 8, "init_r": 33, "total_step": 9}, InputError, "v_proj .* at most 32"),
     ],
 )
 def test_what_cannot_be_put_on(change, error, says, folders):
@@ -106,6 +112,13 @@ def test_what_cannot_be_put_on(change, error, says, folders):
     with pytest.raises(error, match=says):
         methods.attach(model, lora("llama", **change))
     assert torch.equal(logits(model), before)
+
+
+def test_a_rank_counts_where_it_is_used(folders):
+    """A layer that is left out, or has a rank of its own, may be narrower than the rank of the others."""
+    for more in ({"exclude_modules": ["v_proj"]}, {"rank_pattern": {"v_proj": 32}}, {"layers_to_transform": [], "r": 32}):
+        model = methods.attach(load_model(folders["llama"]), lora("llama", **{"r": 33, **more}))
+        assert any("lora_A" in n for n, _ in model.named_parameters())
 
 
 def test_virtual_tokens_are_unsupported_and_say_why(folders):

@@ -14,6 +14,7 @@ from ..store import Damaged, Store
 from .card import card
 
 LOADER = Path(__file__).with_name("load_recovery.py")
+NOLA_LOADER = Path(__file__).with_name("load_nola.py")
 
 
 def export(
@@ -22,7 +23,7 @@ def export(
     """Write the modules tuned in a cell to a folder, with a model card; returns the names written, sorted.
 
     At the top lies an ordinary PEFT adapter (plain PEFT loads it). Recovery modules lie beside it with a loader of a few
-    lines, `load_recovery.py`, which needs torch and safetensors only.
+    lines, `load_recovery.py`, which needs torch and safetensors only; NOLA, which PEFT has not, with `load_nola.py`.
 
     Args:
         run: the run's folder. cell: the id of a cell that is done and tuned. to: a folder that is new or empty.
@@ -46,9 +47,12 @@ def export(
     model = _artifact(found, keys.get("compress", keys["model"]), cell) if base or merged else None
     try:
         to.mkdir(parents=True, exist_ok=True)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            shutil.copyfile(tuned / "adapter" / name, to / name)
-        _name_base(to / "adapter_config.json", record)
+        for file in sorted((tuned / "adapter").iterdir()):
+            shutil.copyfile(file, to / file.name)
+        if (to / "nola.json").exists():
+            shutil.copyfile(NOLA_LOADER, to / NOLA_LOADER.name)
+        else:
+            _name_base(to / "adapter_config.json", record)
         if (tuned / "recovery").is_dir():
             for name in ("recovery.safetensors", "recovery.json"):
                 shutil.copyfile(tuned / "recovery" / name, to / name)
@@ -67,9 +71,9 @@ def export(
 
 
 def _card(to: Path, record: dict[str, Any], **parts: bool) -> str:
-    encoder = json.loads((to / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
-    auto = "AutoModelForSeq2SeqLM" if encoder else "AutoModelForCausalLM"
-    return card(record, auto, recovery=(to / "recovery.json").exists(), **parts)
+    about = to / ("nola.json" if (to / "nola.json").exists() else "adapter_config.json")
+    auto = "AutoModelForSeq2SeqLM" if json.loads(about.read_text())["task_type"] == "SEQ_2_SEQ_LM" else "AutoModelForCausalLM"
+    return card(record, auto, recovery=(to / "recovery.json").exists(), nola=about.name == "nola.json", **parts)
 
 
 def _record(run: Path, cell: str) -> dict[str, Any]:

@@ -8,16 +8,17 @@ from typing import Any
 import yaml
 
 
-def card(record: dict[str, Any], auto: str, *, recovery: bool, base: bool, merged: bool) -> str:
+def card(record: dict[str, Any], auto: str, *, recovery: bool, nola: bool, base: bool, merged: bool) -> str:
     """README.md of an exported folder: the hub's YAML header, loading code with transformers' class `auto`, the figures."""
     settings = record["settings"]
-    header: dict[str, Any] = {"library_name": "peft", "tags": ["cpet-bench", settings["pet"]["method"]]}
+    library = "transformers" if nola else "peft"
+    header: dict[str, Any] = {"library_name": library, "tags": ["cpet-bench", settings["pet"]["method"]]}
     if settings["model"]["source"].startswith("hf:"):
         header = {"base_model": settings["model"]["source"].removeprefix("hf:"), **header}
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", f"# {record['id']}", ""]
     what = f"{settings['pet']['method']} on {settings['model']['source']}"
     lines += [f"{what}, {_compression(record)}; {_restoring(record)}.", ""]
-    lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, base), "```", ""]
+    lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, nola, base), "```", ""]
     if recovery:
         lines += ["The adapter alone is not what was measured: the recovery modules belong to it.", ""]
     if merged:
@@ -50,13 +51,15 @@ def _restoring(record: dict[str, Any]) -> str:
     return f"restored by {', '.join(parts)}" if parts else "trained from a random start"
 
 
-def _loading(record: dict[str, Any], auto: str, recovery: bool, base: bool) -> list[str]:
+def _loading(record: dict[str, Any], auto: str, recovery: bool, nola: bool, base: bool) -> list[str]:
     source = record["settings"]["model"]["source"]
     place = '"base"' if base else f'"{source.removeprefix("hf:")}"' if source.startswith("hf:") else '"FOLDER OF THE MODEL"'
-    lines = ["from peft import PeftModel", f"from transformers import {auto}"]
+    lines = ([] if nola else ["from peft import PeftModel"]) + [f"from transformers import {auto}"]
+    lines += ["from load_nola import attach_nola"] if nola else []
     lines += ["from load_recovery import attach_recovery"] if recovery else []
     how = "" if base or not record["settings"]["compression"] else "  # compressed as above"
-    lines += ["", f"base = {auto}.from_pretrained({place}){how}", 'model = PeftModel.from_pretrained(base, ".")']
+    put = 'model = attach_nola(base, ".")' if nola else 'model = PeftModel.from_pretrained(base, ".")'
+    lines += ["", f"base = {auto}.from_pretrained({place}){how}", put]
     return lines + (['attach_recovery(base, ".")'] if recovery else [])
 
 

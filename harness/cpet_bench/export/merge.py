@@ -33,9 +33,16 @@ def merge(folder: Path, tuned: Path, out: Path) -> None:
 
     from ..compression.masks import weight_out_in
     from ..models.loading import load_model, load_tokenizer
+    from ..pet import nola
 
+    model = load_model(folder)
     try:
-        model = PeftModel.from_pretrained(load_model(folder), str(tuned / "adapter")).merge_and_unload()
+        if nola.is_saved_in(tuned / "adapter"):
+            with torch.no_grad():
+                for name, update in nola.updates(tuned / "adapter").items():
+                    weight_out_in(model.get_submodule(name)).add_(update)
+        else:
+            model = PeftModel.from_pretrained(model, str(tuned / "adapter")).merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise InputError(f"PEFT cannot merge this method: {' '.join(str(error).split())[:200]}", key="--merged") from error
     if (tuned / "recovery").is_dir():

@@ -109,6 +109,7 @@ class HubSource:
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+NOLA_FILES = ("nola.json", "nola.safetensors")
 
 
 def adapter_identity(source: str, base: Path) -> dict[str, str]:
@@ -116,10 +117,11 @@ def adapter_identity(source: str, base: Path) -> dict[str, str]:
     scheme, _, name = source.partition(":")
     if scheme == "hf":
         return {"repo": name, "commit": HubSource()._commit(ModelSettings(source=source))}
-    missing = [f for f in ADAPTER_FILES if not (base / name / f).is_file()]
+    files = NOLA_FILES if (base / name / NOLA_FILES[0]).is_file() else ADAPTER_FILES
+    missing = [f for f in files if not (base / name / f).is_file()]
     if missing:
         raise InputError(f"{base / name} holds no PEFT adapter: {missing[0]} is missing")
-    return {f: sha256_file(base / name / f) for f in ADAPTER_FILES}
+    return {f: sha256_file(base / name / f) for f in files}
 
 
 def fetch_adapter(source: str, base: Path, identity: dict[str, str]) -> Path:
@@ -132,7 +134,7 @@ def fetch_adapter(source: str, base: Path, identity: dict[str, str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=identity["commit"], allow_patterns=list(ADAPTER_FILES)))
+        return Path(snapshot_download(name, revision=identity["commit"], allow_patterns=[*ADAPTER_FILES, *NOLA_FILES]))
     except Exception as error:
         raise StopError(f"{name} could not be fetched from the hub: {_line(error)}") from error
 

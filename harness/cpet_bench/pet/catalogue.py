@@ -1,4 +1,4 @@
-"""Which PET methods there are and what fields each has, asked of PEFT once per version in a subprocess and kept as JSON."""
+"""Which PET methods there are and what fields each has; PEFT's are asked of it once per version in a subprocess and kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import cache
 
 from ..devices import kept_index
 from ..keys import version
+from .own import OWN
 
 _SCRIPT = """
 import dataclasses, json
@@ -18,3 +19,8 @@ print(json.dumps({k.value.lower(): sorted(f.name for f in dataclasses.fields(c))
 def peft_methods() -> dict[str, list[str]]:
     """Method (PEFT's type in lower case) → names of the fields of its configuration. StopError where PEFT cannot be asked."""
     return kept_index(f"peft-{version('peft')}", _SCRIPT, "PEFT's list of methods")
+
+
+def pet_methods() -> dict[str, list[str]]:
+    """PEFT's methods and our own, with the names of their fields."""
+    return peft_methods() | {name: sorted(cls.model_fields) for name, cls in OWN.items()}

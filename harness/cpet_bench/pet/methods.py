@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import InputError, StepFailed, Unsupported
 from ..models.arch import block_linears
 from ..settings import PetSettings
+from .own import OWN, plain_name
 
 _KEPT = "_cpet_pet"  # attribute of the model that holds PEFT's wrapper and what was there before
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base weights
@@ -30,23 +31,33 @@ def attach(model: nn.Module, pet: PetSettings, *, targets: dict[str, int] | None
             is held equal on all of them. A method other than LoRA has plain LoRA as its control.
         seed: of the random initialisation; the global generator is left as it was.
     Raises:
-        InputError: unknown method or field, or a target module that matches nothing (with the nearest names).
+        InputError: unknown method or field, a target module that matches nothing (with the nearest names), or a rank above
+            the width of a layer.
         Unsupported: PEFT cannot put this method on these layers; its own message is the reason.
     """
+    from . import nola
+    from .ranks import check_ranks
+
     _refuse_recovery(model)
+    if plain_name(pet.method) == "nola":
+        if targets is None:
+            return nola.attach(model, pet, seed)
+        pet = PetSettings(method="lora", r=16, lora_alpha=16)
     config = _config(model, pet, targets)
     _check_targets(model, config)
+    if targets is None:  # the ranks of a control follow from its size
+        check_ranks(model, config)
     _inject(model, config, "default", seed)
     return model
 
 
 def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str = "default") -> nn.Module:
-    """Put a saved PEFT adapter on `model` (in place) and return `model`. A second one, under another name, adds up.
+    """Put a saved PET module on `model` (in place) and return `model`. A second one, under another name, adds up.
 
     PEFT passes over shapes and names that do not fit (peft issue 1746); here they are an error that names them.
 
     Args:
-        folder: PEFT's format, `adapter_config.json` and `adapter_model.safetensors`.
+        folder: PEFT's format, `adapter_config.json` and `adapter_model.safetensors`, or that of NOLA (`pet.nola`).
         trainable: whether its weights get gradients.
     Raises:
         StepFailed: names or shapes differ from what the model takes.
@@ -55,7 +66,11 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from . import nola
+
     _refuse_recovery(model)
+    if nola.is_saved_in(folder):
+        return nola.attach_saved(model, folder, trainable=trainable)
     weights = Path(folder, "adapter_model.safetensors")
     if not weights.is_file() or not Path(folder, "adapter_config.json").is_file():
         raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json and adapter_model.safetensors).")
@@ -115,9 +130,13 @@ def differences(given: dict[str, tuple], expected: dict[str, tuple], shown: int 
 
 
 def save(model: nn.Module, folder: Path, name: str = "default") -> None:
-    """Write the PET module in PEFT's own format; the same weights and settings give the same bytes."""
+    """Write the PET module in PEFT's own format (or NOLA's); the same weights and settings give the same bytes."""
     from safetensors.torch import save_file
 
+    from . import nola
+
+    if hasattr(model, "cpet_nola"):
+        return nola.save(model, folder)
     wrapper = getattr(model, _KEPT)["wrapper"]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +151,9 @@ def save(model: nn.Module, folder: Path, name: str = "default") -> None:
 
 def detach(model: nn.Module) -> nn.Module:
     """Take every PET module off `model`: its layers are the very objects that were there before, its weights the same."""
+    from . import nola
+
+    nola.detach(model)
     kept = model.__dict__.pop(_KEPT, None)
     if kept is None:
         return model
@@ -174,9 +196,9 @@ def _config(model: nn.Module, pet: PetSettings, targets: dict[str, int] | None):
     from transformers.pytorch_utils import Conv1D
 
     known = {t.value.lower(): c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    method, given = pet.method.lower().replace("-", "_"), pet.fields
+    method, given = plain_name(pet.method), pet.fields
     if method not in known:
-        raise InputError(f"There is no PET method {pet.method!r}.", key="pet.method", given=method, allowed=known)
+        raise InputError(f"There is no PET method {pet.method!r}.", key="pet.method", given=method, allowed=[*known, *OWN])
     if targets is not None:
         if method != PeftType.LORA.value.lower():
             method, given = PeftType.LORA.value.lower(), {"r": 16, "lora_alpha": 16}

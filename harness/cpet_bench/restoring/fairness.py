@@ -89,6 +89,8 @@ def wider(folder: Path, target: int, out: Path, seed: int = 0) -> None:
     from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file, save_file
 
+    if not Path(folder, "adapter_config.json").is_file():
+        raise Unsupported("control wider extends plain LoRA alone, and this adapter is not in PEFT's format")
     config = json.loads(Path(folder, "adapter_config.json").read_text())
     tensors = load_file(Path(folder, "adapter_model.safetensors"))
     layers = _layers(config, tensors)
