@@ -100,7 +100,7 @@ class Proof:
         return [n for n, p in self.trainable.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
 
     def finish(self, steps: int, start: dict[str, torch.Tensor]) -> list[str]:
-        """The exempt tensors that indeed never got a gradient; StepFailed where others did not, or did not move.
+        """The exempt tensors (what reaches them is rounding, if anything); StepFailed where others learned nothing.
 
         A product that starts at zero (LoRA's B, recovery's U2) makes the other factor's first gradient exactly zero, so
         after a single step a tensor without gradient proves nothing, and only the whole is judged.
@@ -117,7 +117,7 @@ class Proof:
         for name, p in self.trainable.items():
             if not bool(p.detach().isfinite().all()):
                 raise StepFailed(f"{name} is not finite after training")
-        return sorted(self.unseen & self.exempt)
+        return sorted(self.exempt)
 
 
 def unreachable(model, trainable: dict[str, torch.nn.Parameter], decoder_tokens: int) -> set[str]:

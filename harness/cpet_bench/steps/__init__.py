@@ -49,7 +49,8 @@ _TEXT = ("lm-eval", "transformers", "datasets")
 _TASKS = ("evaluation.tasks", "evaluation.task_files", "evaluation.encoding", "evaluation.requests")
 _SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "generation"))
 _PASS = ("training_model", "training_rows", "models.arch")
-_TUNE = ("training", "training_losses", "training_state", "pet.methods", "pet.nola", "restoring.recover", "restoring.fairness", *_PASS)
+_TRAIN = ("training", "training_losses", "training_state", *_PASS)
+_TUNE = (*_TRAIN, "pet.methods", "pet.nola", "restoring.recover", "restoring.fairness")
 _METRICS = ("evaluation.metrics", "evaluation.intervals", "stats")
 _ALL = [
     _kind("model", 1, (), "models:run_model", "models.sources", "models.pypi", "models.tiny"),
