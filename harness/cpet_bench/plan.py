@@ -352,4 +352,7 @@ def _content(path: Path) -> str:
 
     if not path.is_file():
         raise InputError(f"There is no file {path}.", key="jsonl")
+    with path.open("rb") as lines:
+        if not any(line.strip() for line in lines):  # stops at the first row
+            raise InputError(f"{path} has no rows; a row is a line such as {{\"prompt\": ..., \"completion\": ...}}", key="jsonl")
     return sha256_file(path)

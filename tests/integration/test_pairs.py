@@ -164,6 +164,34 @@ def test_a_task_without_training_data_says_so(place, tokenizer, tmp_path):
 
 
 # -- the user's rows ---------------------------------------------------------------------------------------------------
+UNUSABLE = """
+include: shared.yaml
+task: unusable
+output_type: {kind}
+doc_to_text: "Review: {{{{text}}}}"
+doc_to_target: {target}
+{more}
+metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "metric", "more"),
+    [
+        ("generate_until", '""', "exact_match", "generation_kwargs: {until: [x]}"),
+        ("multiple_choice", '"neither"', "acc", "doc_to_choice: [good, bad]"),
+    ],
+)
+def test_a_set_without_one_usable_row_is_refused_by_name(tokenizer, tmp_path, kind, target, metric, more):
+    folder = tmp_path / "tasks"
+    make_folder(folder)
+    (folder / "unusable.yaml").write_text(UNUSABLE.format(kind=kind, target=target, metric=metric, more=more))
+    message = r"unusable \(train split\) has no usable training row: none of the 12 rows looked at has an answer.*train_data"
+    with pytest.raises(InputError, match=message) as found:
+        pairs((folder,), "unusable", tokenizer, tmp_path / "out")
+    assert found.value.key == "train_data" and not (tmp_path / "out/pairs.parquet").exists()
+
+
 def test_own_rows(tokenizer, tmp_path):
     rows = [
         {"prompt": "the film was", "completion": "good"},
@@ -237,7 +265,7 @@ def test_unreadable_files_are_named(tokenizer, tmp_path):
     with pytest.raises(InputError, match="not UTF-8"):
         build_pairs({"name": "t"}, data, PLAIN, tokenizer, tmp_path, 10, 512)
     (tmp_path / "gone.jsonl").write_bytes(b"\n")
-    with pytest.raises(InputError, match="there are no training documents in t"):
+    with pytest.raises(InputError, match=r"gone.jsonl has no usable training row: it is empty; name other training data"):
         build_pairs({"name": "t"}, data, PLAIN, tokenizer, tmp_path, 10, 512)
 
 

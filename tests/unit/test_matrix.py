@@ -136,6 +136,15 @@ def test_tasks_trained_on_the_same_rows_share_the_training(tmp_path):
     assert one["tune"] == two["tune"] and one["dense_tune"] == two["dense_tune"] and one["responses"] != two["responses"]
 
 
+def test_a_training_file_without_rows_is_refused_before_any_work(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n  \n")
+    text = BASE.replace("movie_reviews: {limit: 10}", "movie_reviews: {train_data: {jsonl: rows.jsonl}}")
+    matrix = load(text, tmp_path)
+    with pytest.raises(InputError, match="rows.jsonl has no rows; a row is a line such as") as found:
+        Planner(matrix, MACHINE).build(expand(matrix))
+    assert found.value.key == "task.movie_reviews.train_data.jsonl" and found.value.line
+
+
 def test_rules(tmp_path):
     text = BASE + "exclude:\n  - {compression: none, restoring: [cpet, matched]}\n  - {seed: 1, compression: nf*}\n"
     ids = [c.id for c in expand(load(text, tmp_path))]

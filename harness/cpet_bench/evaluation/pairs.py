@@ -47,14 +47,16 @@ def build_pairs(
     Args:
         spec: the task whose split `split` is used; None where train_data names a JSONL file or a `datasets` set.
 
-    Returns facts: documents, tokens, kind, and the loss it is for. Raises InputError where a task has no such split, or a
-    row of the user's data is not as it should be.
+    Returns facts: documents, tokens, kind, and the loss it is for. Raises InputError where a task has no such split, a row
+    of the user's data is not as it should be, or no row can be used.
     """
     encoder = Encoder(tokenizer)
     if train_data and (train_data.jsonl or train_data.dataset):
         found = _own(train_data, prompt, encoder, documents)
+        looked, name = len(found), str(train_data.jsonl or train_data.dataset)
     else:
-        found = _from_task(spec, prompt, encoder, documents, split)
+        found, looked = _from_task(spec, prompt, encoder, documents, split)
+        name = f"{spec['name']} ({split} split)"
     rows = []
     for row in found:
         target = row["choice_ids"][row["gold"]] if row.get("choice_ids") else row["target_ids"]
@@ -63,8 +65,7 @@ def build_pairs(
         context = row["context_ids"][-max_tokens:]
         rows.append({"choice_ids": [], "gold": -1, **row, "target_ids": target, "context_ids": context})
     if not rows:
-        name = spec["name"] if spec else train_data.jsonl or train_data.dataset
-        raise InputError(f"there are no training documents in {name}", key="train_data")
+        raise _nothing_usable(name, looked)
     write_table(rows, SCHEMA, Path(out, "pairs.parquet"))
     choices = sum(bool(r["choice_ids"]) for r in rows)
     return {
@@ -75,9 +76,16 @@ def build_pairs(
     }
 
 
-def _from_task(spec, prompt: PromptSettings, encoder: Encoder, documents: int, split: str) -> list[dict[str, Any]]:
-    """Examples of a task's split, from several tasks of a group in turn."""
+def _nothing_usable(name: str, looked: int) -> InputError:
+    why = f"none of the {looked} rows looked at has an answer of at least one token" if looked else "it is empty"
+    remedy = "name other training data (train_data: {task: ...}, {jsonl: ...} or {dataset: ...})"
+    return InputError(f"{name} has no usable training row: {why}; {remedy}", key="train_data")
+
+
+def _from_task(spec, prompt: PromptSettings, encoder: Encoder, documents: int, split: str) -> tuple[list[dict[str, Any]], int]:
+    """Examples of a task's split, from several tasks of a group in turn; and how many documents were looked at."""
     found: list[dict[str, Any]] = []
+    looked = 0
     tasks = load_tasks(spec, prompt, split=split)["tasks"]
     share = -(-documents // len(tasks))
     for task in tasks.values():
@@ -85,6 +93,7 @@ def _from_task(spec, prompt: PromptSettings, encoder: Encoder, documents: int, s
         names = document_ids(dict(enumerate(every)))
         first = sorted(names, key=lambda i: names[i])[:share]
         chosen = [every[i] for i in first]
+        looked += len(chosen)
         task.doc_iterator = lambda chosen=chosen, **_: enumerate(chosen)  # lm-eval then asks about these alone
         by_document: dict[int, list] = {}
         for instance in build_instances(task, prompt, encoder, None):
@@ -93,7 +102,7 @@ def _from_task(spec, prompt: PromptSettings, encoder: Encoder, documents: int, s
             row = _example(task, instances, encoder)
             if row:
                 found.append({"document": names[first[number]], **row})
-    return sorted(found, key=lambda r: r["document"])[:documents]
+    return sorted(found, key=lambda r: r["document"])[:documents], looked
 
 
 def _example(task, instances: list, encoder: Encoder) -> dict[str, Any] | None:
