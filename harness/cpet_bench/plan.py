@@ -354,5 +354,6 @@ def _content(path: Path) -> str:
         raise InputError(f"There is no file {path}.", key="jsonl")
     with path.open("rb") as lines:
         if not any(line.strip() for line in lines):  # stops at the first row
-            raise InputError(f"{path} has no rows; a row is a line such as {{\"prompt\": ..., \"completion\": ...}}", key="jsonl")
+            message = f'{path} has no rows; a row is a line such as {{"prompt": ..., "completion": ...}}'
+            raise InputError(message, key="jsonl")
     return sha256_file(path)

@@ -144,7 +144,7 @@ def test_loss_and_gradients_are_the_formulas(hidden, place, folders, tmp_path):
     teacher_features(teacher, DOCUMENTS, settings, TrainSettings(steps=1, batch=4), tmp_path / "f", lambda *_: None)
     student = ours(rounded, seed=2, recovery=RecoverSettings(**RECOVER))
     reference, above = Reference(rounded, parts_of(student)), Reference(dense, parts_of(teacher))
-    assert len(reference.parts) == 32 and sum("A" in own for own in reference.parts.values()) == 12  # all of the blocks' linears
+    assert len(reference.parts) == 32 and sum("A" in own for own in reference.parts.values()) == 12  # all in the blocks
 
     task = reference.task_loss(DOCUMENTS)
     (mine_e, mine_d), (theirs_e, theirs_d) = reference.states(DOCUMENTS, place), above.states(DOCUMENTS, place)
