@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def load_matrix(path: Path, only: list[str] | None = None) -> Matrix:
     reader.known((), raw, known)
     found: dict[str, Any] = {"name": _name(reader, raw, path)}
     found |= {axis: _axis(reader, raw, axis) for axis in AXES if axis != "seed"}
+    found["restoring"] = _ablated(reader, found["restoring"])
     found["seed"] = _seeds(reader, raw)
     for part, cls in PARTS.items():
         if raw.get(part) is not None:
@@ -217,6 +219,21 @@ def _restoring(reader: Reader, path: Path_, value: Any) -> RestoringSettings:
     if path[1] == "none":
         raise reader.error(path, "a restoring cannot be named none: cells without a PET method show that")
     return reader.model(path, RestoringSettings, {} if value is None else value)
+
+
+def _ablated(reader: Reader, restorings: dict[str, RestoringSettings]) -> dict[str, RestoringSettings]:
+    """The axis with every combination of the parts of those that say `ablate`, fewer parts first."""
+    found: dict[str, RestoringSettings] = {}
+    for name, whole in restorings.items():
+        whole, ablate = whole.model_copy(update={"ablate": False}), whole.ablate
+        parts = whole.named_parts if ablate else []
+        for kept in (c for n in range(len(parts)) for c in combinations(parts, n)):
+            own = f"{name}-{'+'.join(kept) or 'vanilla'}"
+            if own in restorings:
+                raise reader.error(("restoring", own), f"{name} (ablate) makes a restoring of this name, too")
+            found[own] = whole.model_copy(update={part: None for part in parts if part not in kept})
+        found[name] = whole
+    return found
 
 
 def _task(reader: Reader, path: Path_, value: Any) -> TaskSettings:

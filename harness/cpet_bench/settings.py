@@ -243,6 +243,8 @@ class RestoringSettings(Settings):
 
     control: `matched` is LoRA from random on the layers recovery sits on, with the trainable parameters of cell `of`;
         `longer` is that with D's steps added; `wider` is D with its rank extended to those parameters.
+    ablate: every combination of its parts as well, each a restoring of its own: of `cpet` also `cpet-inherit+recover`, ...,
+        `cpet-vanilla` for none of them.
     train: overrides of the training settings. D itself (no compression, nothing restored) does not take them: it is
         trained by the matrix's `train` and its PET method's, whatever restoring it stands under.
     """
@@ -251,6 +253,7 @@ class RestoringSettings(Settings):
     recover: _switched(RecoverSettings) = None
     distill: _switched(DistillSettings) = None
     control: Literal["matched", "wider", "longer"] | None = None
+    ablate: bool = False
     of: str | None = Field(None, description="the restoring (by its name in the matrix) that a control is matched to")
     train: TrainOverride = TrainOverride()
     select: _switched(SelectSettings) = None
@@ -268,6 +271,17 @@ class RestoringSettings(Settings):
         if self.control == "wider" and not self.inherit:
             raise ValueError("control wider extends the inherited module: give inherit as well")
         return self
+
+    @model_validator(mode="after")
+    def _ablation(self):
+        if self.ablate and (self.control or len(self.named_parts) < 2):
+            raise ValueError("ablate takes two or three of inherit, recover and distill apart, and no control")
+        return self
+
+    @property
+    def named_parts(self) -> list[str]:
+        """Those of inherit, recover and distill that it has."""
+        return [name for name in ("inherit", "recover", "distill") if getattr(self, name) is not None]
 
     @property
     def parts(self) -> bool:

@@ -115,6 +115,29 @@ def test_training_settings_are_layered_and_d_keeps_its_own(tmp_path):
     assert cells["tiny--nf4--none--none--movie_reviews--s0"].train.lr == 1e-3
 
 
+def test_an_ablation_is_one_line(tmp_path):
+    text = BASE.replace("cpet: {", "cpet: {ablate: true, train: {lr: 2e-3}, ").replace("  vanilla: {}\n", "")
+    matrix = load(text, tmp_path)
+    assert list(matrix.restoring) == [
+        *("cpet-vanilla", "cpet-inherit", "cpet-recover", "cpet-distill"),
+        *("cpet-inherit+recover", "cpet-inherit+distill", "cpet-recover+distill", "cpet", "matched"),
+    ]
+    for name, own in matrix.restoring.items():
+        if name.startswith("cpet-"):
+            wanted = [] if name == "cpet-vanilla" else name.removeprefix("cpet-").split("+")
+            assert own.named_parts == wanted and own.train.lr == 2e-3 and not own.ablate
+    assert matrix.nothing["restoring"] == "cpet-vanilla" and matrix.restoring["cpet-recover"].recover.r == 4
+    cells = {c.id for c in expand(matrix)}
+    assert "tiny--nf4--lora--cpet-recover+distill--movie_reviews--s1" in cells
+    for old, new, says in (
+        ("ablate: true", "ablate: 3", "valid boolean"),
+        ("of: cpet}", "of: cpet, ablate: true}", "ablate takes two or three"),
+        ("  matched:", "  cpet-inherit: {}\n  matched:", "makes a restoring of this name, too"),
+    ):
+        with pytest.raises(InputError, match=says):
+            load(text.replace(old, new), tmp_path)
+
+
 def test_a_tasks_own_training_settings(tmp_path):
     text = BASE.replace("limit: 10}", "limit: 10, train: {lr: 5e-4, steps: 9}}\n  movie_snippets: {}")
     text = text.replace("cpet: {", "cpet: {train: {steps: 11}, ")

@@ -124,7 +124,7 @@ def test_its_bookkeeping_is_fast(tmp_path):
     def each(models: int) -> float:
         plan = made_plans.plan(tmp_path, models=models, compressions=16, pets=4, seeds=5)
         estimates, _ = made_plans.times(plan, 0)
-        started = time.perf_counter()
+        started = time.process_time()
         schedule, running = Schedule(plan.steps, plan.steps, (), estimates, workers=64), []
         while not schedule.finished:
             key = schedule.next(plan.steps[running[0]].needs.values() if running else ())
@@ -133,7 +133,7 @@ def test_its_bookkeeping_is_fast(tmp_path):
                 continue
             schedule.start(key)
             running.append(key)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         print(f"{len(plan.steps)} steps scheduled in {seconds:.2f} s")
         return seconds / len(plan.steps)
 
@@ -147,11 +147,11 @@ def test_parking_is_as_fast_as_not_parking(tmp_path):
     estimates, _ = made_plans.times(plan, 0)
     wanted = [k for k, s in plan.steps.items() if s.kind == "tune"]
     schedule = Schedule(plan.steps, wanted, plan.steps.keys() - set(wanted), estimates)
-    started, parked = time.perf_counter(), []
+    started, parked = time.process_time(), []
     while (key := schedule.next()) is not None:
         schedule.park(key)
         parked.append(key)
-    assert time.perf_counter() - started < 2 and len(parked) == len(set(parked)) > 1000
+    assert time.process_time() - started < 2 and len(parked) == len(set(parked)) > 1000
     for key in parked:
         schedule.unpark(key)
     ran = []

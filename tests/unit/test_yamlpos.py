@@ -67,10 +67,10 @@ def test_what_is_refused(text, says, line, tmp_path):
 def test_a_billion_laughs_end_at_once(tmp_path):
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InputError, match="aliases followed"):
         parse(text, tmp_path)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_deep_nesting_is_refused_and_not_a_crash(tmp_path):
