@@ -366,6 +366,17 @@ def test_models_and_shares_it_cannot_take(folders, tmp_path):
             Structured.compress(folders / "llama", tmp_path / "never", settings, **HOW | {"examples": examples})
 
 
+@pytest.mark.parametrize("importance", ["l1", "l2", "random"])
+def test_importances_that_read_no_text_need_none(folders, tmp_path, importance):
+    settings = Structured.Settings(ratio=0.2, importance=importance)
+    with_text, without = tmp_path / "with", tmp_path / "without"
+    Structured.compress(folders / "llama", with_text, settings, **HOW)
+    facts = Structured.compress(folders / "llama", without, settings, **HOW | {"examples": None})
+    assert (with_text / "model.safetensors").read_bytes() == (without / "model.safetensors").read_bytes()
+    note = json.loads((without / "cpet_compression.json").read_text())
+    assert not [k for k in (*facts, *note) if k.startswith("calibration")]
+
+
 def test_a_share_between_what_heads_and_neurons_can_give_is_named(tmp_path):
     """Two large key heads beside a narrow MLP: too little without a head, too much with one."""
     options = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64}

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from ..errors import StepFailed, Unsupported
 from ..settings import CalibrationSettings, Natural, Positive, Settings, Share
+from .importance import GRADIENT
 from .masks import load_plain, refuse_packed, save
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 
 Importance = Literal["vector", "element1", "element2", "mixed", "l1", "l2", "random"]
+TEXTS = CalibrationSettings(documents=10, max_tokens=64)  # the authors' ten texts
 
 
 class StructuredSettings(Settings):
@@ -33,6 +35,7 @@ class StructuredSettings(Settings):
     parts: what may go; auto is both, or the MLP alone where a model's heads cannot go one by one.
     spare: blocks left whole at both ends of each stack; None: 4 first and 3 last of 32, scaled to the depth, at least one
     each from 6 blocks on. multiple: neurons that stay are a multiple of this, for the sake of fast products.
+    calibration: the text whose loss gives the gradients. l1, l2 and random read none: what is given there changes nothing.
     """
 
     ratio: Share
@@ -42,7 +45,12 @@ class StructuredSettings(Settings):
     spare: tuple[Natural, Natural] | None = None
     multiple: Positive = 8
     seed: Natural = Field(0, description="of importance random")
-    calibration: CalibrationSettings = CalibrationSettings(documents=10, max_tokens=64)
+    calibration: CalibrationSettings = TEXTS
+
+    @field_validator("calibration")
+    @classmethod
+    def _unread(cls, value: CalibrationSettings, info: ValidationInfo) -> CalibrationSettings:
+        return value if info.data.get("importance") in GRADIENT else TEXTS
 
 
 class Structured:
@@ -51,9 +59,12 @@ class Structured:
     name = "structured"
     version = 1
     packages = ("torch", "transformers")
-    calibrated = True
     tries = ({"ratio": 0.25}, {"ratio": 0.4, "parts": "mlp", "importance": "l2"})  # settings that `doctor` tries
     Settings = StructuredSettings
+
+    @staticmethod
+    def calibrated(settings: StructuredSettings) -> bool:
+        return settings.importance in GRADIENT
 
     @staticmethod
     def structure(settings) -> dict[str, Any]:
@@ -82,7 +93,7 @@ class Structured:
     ) -> dict[str, Any]:
         """Prune and save. Facts: the share of the blocks' parameters that went, parameters before and after, groups left
         by kind, blocks spared, bytes. The indices kept are in cpet_compression.json, by part."""
-        if not examples:
+        if settings.importance in GRADIENT and not examples:
             raise StepFailed("structured pruning needs calibration documents, and there are none")
         model, _ = load_plain(source, device, "float32")
         before = block_parameters(model)
@@ -101,10 +112,13 @@ class Structured:
             "spared": spared,
             "uniform": not rest,
             "groups_checked": True,
-            "calibration_documents": len(examples),
-            "calibration_tokens": sum(map(len, examples)),
         }
-        note = {"backend": "structured", **settings.model_dump(mode="json"), **facts, "kept": kept}
+        given = settings.model_dump(mode="json")
+        if settings.importance in GRADIENT:
+            facts |= {"calibration_documents": len(examples), "calibration_tokens": sum(map(len, examples))}
+        else:
+            del given["calibration"]
+        note = {"backend": "structured", **given, **facts, "kept": kept}
         return {**facts, "bytes": save(model, source, out, note), "simulated": []}
 
 
@@ -200,8 +214,9 @@ def prune(model, chosen: list[Part], keep: dict[str, int], settings, examples, p
     """
     import torch
 
+    from ..models.pool import canary
     from ..models.widths import narrow
-    from .importance import GRADIENT, SQUARED, gradients, importance
+    from .importance import SQUARED, gradients, importance
 
     found = {}
     if settings.importance in GRADIENT:
@@ -217,10 +232,10 @@ def prune(model, chosen: list[Part], keep: dict[str, int], settings, examples, p
     del found
     for part in chosen:
         zero_columns(model, part, kept[part.label])
-    wanted = answer(model, examples[0])
+    wanted = canary(model)
     for part in chosen:
         narrow(model, part, kept[part.label])
-    off = float((answer(model, examples[0]) - wanted).abs().max())
+    off = float((canary(model) - wanted).abs().max())
     if not off <= 1e-3 * float(wanted.abs().max()):
         raise StepFailed(f"{type(model).__name__}: its groups are coupled in a way not known here (logits off by {off:.3g})")
     return kept
@@ -236,13 +251,3 @@ def zero_columns(model, part: Part, kept: list[int]) -> None:
     mask = torch.zeros(weight.shape[1], device=weight.device)
     mask[torch.tensor(part.inputs(kept), device=weight.device)] = 1
     weight.mul_(mask)
-
-
-def answer(model, tokens: list[int]):
-    """Logits (fp32, on the CPU) for one document; an encoder-decoder model reads it and writes it again."""
-    import torch
-
-    ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
-    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"use_cache": False}
-    with torch.no_grad():
-        return model(input_ids=ids, **more).logits.float().cpu()
