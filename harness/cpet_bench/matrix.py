@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny
 
 from . import registry
+from .compression.calibration import too_little
 from .errors import InputError
 from .matrix_files import merged
 from .settings import (
@@ -200,6 +201,9 @@ def _compression(reader: Reader, path: Path_, value: Any) -> tuple[Choice, ...]:
         refused = backend.refuse(settings, [c.name for c in chain])
         if refused:
             raise reader.error(at, refused)
+        short = too_little(backend, settings)
+        if short:
+            raise reader.error((*at, "calibration"), short)
         chain.append(Choice.model_construct(name=name, settings=settings))
     if not chain:
         raise reader.error(path, "the list of compression steps is empty (write none for no compression)")

@@ -45,6 +45,7 @@ def test_records_hold_what_was_measured(smoke):
     pruned = smoke.records[UNTUNED.format("wanda24")]
     assert pruned["simulated"] and pruned["probes"]["prefill"]["simulated"]
     assert pruned["compression"]["sparsity"] == pytest.approx(0.5) and pruned["compression"]["zeros_checked"]
+    assert pruned["compression"]["calibration_documents"] == 16 and pruned["compression"]["calibration_tokens"] >= 64
     packed = smoke.records[UNTUNED.format("nf4")]
     assert packed["probes"]["disk"]["value"] < smoke.records[UNTUNED.format("none")]["probes"]["disk"]["value"]
 

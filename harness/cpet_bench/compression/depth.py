@@ -57,6 +57,7 @@ class Depth:
     name = "depth"
     version = 1
     packages = ("torch", "transformers")
+    min_tokens = 64  # as Wanda's: an influence, too, is a mean over tokens
     tries = ({"ratio": 0.5}, {"ratio": 0.5, "order": "last"}, {"drop": [0]})  # settings that `doctor` tries
     Settings = DepthSettings
 

@@ -54,6 +54,7 @@ class Gptq:
     version = 1
     packages = ("torch", "transformers", "optimum", "gptqmodel")
     calibrated = True
+    min_tokens = 128  # with fewer, the Hessian of one block of 128 columns is singular: damping decides, and not the text
     tries = ({"bits": 4}, {"bits": 3, "desc_act": True})  # settings that `doctor` tries
     Settings = GptqSettings
 

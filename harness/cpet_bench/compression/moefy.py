@@ -50,6 +50,10 @@ class Moefy:
     Settings = MoefySettings
 
     @staticmethod
+    def min_tokens(settings) -> int:
+        return min(settings.batch, 512)  # one step of a router's training, with the authors' batch
+
+    @staticmethod
     def structure(settings) -> dict[str, Any]:
         return {"experts": settings.experts, "top": settings.top}
 

@@ -39,6 +39,7 @@ class SparseGpt:
     version = 1
     packages = ("torch", "transformers")
     calibrated = True
+    min_tokens = 128  # with fewer, the Hessian of one block of 128 columns is singular: damping decides, and not the text
     tries = ({"pattern": "2:4"}, {"sparsity": 0.5})  # settings that `doctor` tries
     Settings = SparseGptSettings
 

@@ -59,6 +59,7 @@ class Structured:
     name = "structured"
     version = 1
     packages = ("torch", "transformers")
+    min_tokens = 64  # one of the authors' ten texts
     tries = ({"ratio": 0.25}, {"ratio": 0.4, "parts": "mlp", "importance": "l2"})  # settings that `doctor` tries
     Settings = StructuredSettings
 

@@ -78,6 +78,10 @@ class Student:
     Settings = StudentSettings
 
     @staticmethod
+    def min_tokens(settings) -> int:
+        return min(settings.batch_tokens, 2048)  # one step's: with fewer, a step would read the same document twice
+
+    @staticmethod
     def structure(settings) -> dict[str, Any]:
         return {"depth": settings.depth, "blocks": settings.blocks, "width": settings.width}
 

@@ -18,6 +18,7 @@ def run_model(ctx: Context) -> dict:
 
 def run_compress(ctx: Context) -> dict:
     """One compression backend on the model before it."""
+    from ..compression.calibration import check_text
     from ..evaluation.pairs import calibration_ids
     from ..models.routers import carry_routers
 
@@ -27,6 +28,7 @@ def run_compress(ctx: Context) -> dict:
     if "examples" in ctx.inputs:
         c = settings.calibration
         examples = calibration_ids(ctx.inputs["examples"], c.documents, c.max_tokens, c.seed)
+        check_text(backend, settings, examples)
     more = {"scratch": ctx.scratch, "should_stop": ctx.should_stop} if getattr(backend, "resumes", False) else {}
     ctx.pool.clear()
     facts = backend.compress(
