@@ -1,8 +1,8 @@
 """Block by block: each block's layers are changed from what they read, and the next block sees what is given after that.
 
-The loop that Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774) share. As in the authors' code, the layers of one
-block are all observed before any of them is changed. Of an encoder-decoder model the encoder's blocks come first; the decoder
-then reads the encoder as it is by then.
+The loop that Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) share. As in the authors' code,
+the layers of one block are all observed before any of them is changed, unless they are asked for in turn. Of an encoder-decoder
+model the encoder's blocks come first; the decoder then reads the encoder as it is by then.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ def change_blocks(
     observe: Callable[[Any, torch.Tensor], Any],
     change: Callable[[dict[str, Any], Any], None],
     progress: Callable[[int, int, str], None],
+    in_turn: bool = False,
 ) -> None:
     """Change `layers` (all linear layers of the blocks, by name) of `model` in place.
 
     observe: (statistic so far or None, x) -> statistic; x is (tokens x in) in fp32, padding left out.
     change: called with the layers that read the very same input (q, k, v; gate, up) and its statistic.
+    in_turn: a block's layers are changed in the order they run, each seeing what those before it give by then, at the cost
+        of one pass through the block for each set of layers that read the same.
     Of the hidden states only those that enter one block are kept at a time.
 
     Raises:
@@ -49,8 +52,12 @@ def change_blocks(
             batches = first_inputs(model, blocks, examples)
             for i, block in enumerate(blocks):
                 mine = {n: m for n, m in layers.items() if n.startswith(f"{name}.{i}.")}
-                for group, statistic in _observed(block, kinds[i], mine, batches, observe):
-                    change(group, statistic)
+                sets = [mine]
+                if in_turn:
+                    sets = [group for group, _ in _observed(block, kinds[i], mine, batches[:1], lambda *_: None)]
+                for some in sets:
+                    for group, statistic in _observed(block, kinds[i], some, batches, observe):
+                        change(group, statistic)
                 done += 1
                 if i + 1 < len(blocks):
                     for batch in batches:

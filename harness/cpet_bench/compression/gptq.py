@@ -1,6 +1,7 @@
 """GPTQ (arXiv 2210.17323): integers of 2 to 8 bits, each column's rounding error made up for by the columns after it.
 
-Computed by GPTQModel through optimum, and stored in their format, which other libraries read too.
+Computed by GPTQModel through optimum, and stored in their format, which other libraries read too. Encoder-decoder models, which
+GPTQModel does not take, are computed and packed here (gptq_columns.py).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..errors import StepFailed, Unsupported
+from ..keys import version
 from ..settings import CalibrationSettings, Settings
-from . import rounding
+from . import gptq_columns, rounding
 from .masks import load_plain, stored_dtype
 from .rounding import refuse_packed_again
 
@@ -80,21 +82,21 @@ class Gptq:
     ) -> dict[str, Any]:
         """Quantise in float32 and save.
 
-        Facts: bits, group, layers, bytes (stored), packed_bytes (of the layers), kernel. Of a pruned model also zeros_kept, the
-        share of its zeros that are still zero: making up for errors moves pruned weights as well.
+        Facts: bits, group, layers, bytes (stored), packed_bytes (of the layers), engine (what computed it), kernel. Of a pruned
+        model also zeros_kept, the share of its zeros that are still zero: making up for errors moves pruned weights as well.
         """
         from ..models import gptq
         from ..models.arch import dense_weight
-        from ..models.loading import load_tokenizer
-
-        gptq.require()
-        import torch
+        from ..models.loading import load_config, load_tokenizer
 
         if not examples:
             raise StepFailed("GPTQ needs calibration documents, and there are none")
+        if load_config(source).get("is_encoder_decoder"):
+            return gptq_columns.compress(source, out, settings, examples, device, progress)
+        gptq.require()
+        import torch
+
         model, layers = load_plain(source, device, "float32", "GPTQ")
-        if model.config.is_encoder_decoder:
-            raise Unsupported("GPTQ goes through the blocks of decoder-only models here; this one has an encoder")
         group = group_of(layers, settings.group)
         zeros = {name: dense_weight(layer) == 0 for name, layer in layers.items()}
         how = quantise(model, layers, examples, settings, group, progress)
@@ -115,6 +117,7 @@ class Gptq:
             "left_dense": sorted(layers.keys() - packed.keys()),
             "bytes": sum(p.stat().st_size for p in out.glob("*.safetensors")),
             "packed_bytes": sum(t.nbytes for layer in packed.values() for t in layer.state_dict().values()),
+            "engine": f"gptqmodel {version('gptqmodel')}",
             "kernel": gptq.KERNEL,
             "calibration_documents": len(examples),
             "calibration_tokens": sum(map(len, examples)),

@@ -126,7 +126,7 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """What the config of a packed model says about all of its packed layers."""
+    """What the config of a packed model says about all of its packed layers. group -1: the whole row."""
 
     def __init__(self, bits: int, group: int, sym: bool, quant_method: str = METHOD):
         self.quant_method, self.bits, self.group, self.sym = quant_method, bits, group, sym
@@ -142,7 +142,9 @@ class PackedQuantizer(HfQuantizer):
         c = self.quantization_config
         for name, module in block_linears(model).items():
             has_bias = module.bias is not None
-            layer = PackedLinear(*features(module), bits=c.bits, group=c.group, sym=c.sym, bias=has_bias, device="meta")
+            n_in, n_out = features(module)
+            how = {"bits": c.bits, "group": n_in if c.group == -1 else c.group, "sym": c.sym}
+            layer = PackedLinear(n_in, n_out, **how, bias=has_bias, device="meta")
             put(model, name, layer)
 
     def _process_model_after_weight_loading(self, model, **more: Any):
