@@ -109,14 +109,17 @@ class Planner:
         return " ".join(f"s{v}" if k == "seed" else str(v) for k, v in cell.axes.items() if k != skip)
 
     @once("task")
-    def _spec(self, cell: Cell, other: str | None = None, split: str | None = None) -> tuple[dict, dict]:
+    def _spec(
+        self, cell: Cell, other: str | None = None, split: str | None = None, place: tuple[str, ...] = ()
+    ) -> tuple[dict, dict]:
         """The spec of the cell's task, or of another one that its files or lm-eval know; and params: where its folder is.
 
-        split: one to score instead of the one that the task says."""
+        split: one to score instead of the one that the task says. place: where the matrix names the other one.
+        """
         task = TaskSettings(include=cell.task.include) if other else cell.task
         task = task.model_copy(update={"split": split}) if split else task
         name = other or cell.task_name
-        spec = self._placed(lambda: task_spec(task, name, self.base, self.allow_code), "task", cell.axes["task"])
+        spec = self._placed(lambda: task_spec(task, name, self.base, self.allow_code), *(place or ("task", cell.axes["task"])))
         spec, folder = portable(spec)
         return spec, {"task_folder": folder} if folder else {}
 
@@ -150,7 +153,10 @@ class Planner:
         label = f"training text of {name} ({documents})"
         return self.add("pairs", settings, needs, label, params={"base": str(self.base), **where}, work=documents)
 
-    def _calibration(self, cell: Cell, calibration: CalibrationSettings) -> str:
+    def _calibration(self, cell: Cell, calibration: CalibrationSettings, *place: str) -> str:
+        """Training text for `calibration`, which stands at `place` in the matrix."""
+        if calibration.task:
+            self._spec(cell, calibration.task, None, (*place, "task"))
         return self._pairs(cell, calibration.documents, calibration.max_tokens, calibration.task)
 
     @once("model", "compression", "task")
@@ -165,7 +171,8 @@ class Planner:
             }
             needs = {"source": key}
             if calibrated(backend, choice.settings):
-                needs["examples"] = self._calibration(cell, choice.settings.calibration)
+                place = ("compression", cell.axes["compression"], *([i] if len(cell.compression) > 1 else []))
+                needs["examples"] = self._calibration(cell, choice.settings.calibration, *place, "calibration")
                 settings |= self.numeric
             label = f"compress {cell.axes['model']} to {cell.axes['compression']}"
             if len(cell.compression) > 1:
@@ -268,7 +275,8 @@ class Planner:
         if recover.init == "eora":
             calibration = recover.calibration
             own = {"documents": calibration.documents, "max_tokens": calibration.max_tokens, "seed": calibration.seed}
-            inner = {"model": compressed, "pairs": self._calibration(cell, calibration)}
+            place = ("restoring", cell.axes["restoring"], "recover", "calibration")
+            inner = {"model": compressed, "pairs": self._calibration(cell, calibration, *place)}
             label = f"input moments of {name}"
             needs["moments"] = self.add("moments", own | self.numeric, inner, label, work=calibration.documents)
         settings = {"method": recover.init, "r": recover.r, "scale": recover.scale}

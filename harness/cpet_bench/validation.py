@@ -5,15 +5,23 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterable
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from .errors import InputError
 from .settings import PetSettings
 from .yamlpos import Document, Path_
 
 NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9_.+])*")
+_WORDS = {
+    "gt": "greater than",
+    "ge": "at least",
+    "lt": "less than",
+    "le": "at most",
+    "multiple_of": "a multiple of",
+}
 
 
 class Reader:
@@ -70,10 +78,16 @@ class Reader:
         if first["type"] == "literal_error":
             allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
             text = f"{_shown(first['input'])} is not one of these"
+            if not allowed:  # numbers
+                text, allowed = f"{_shown(first['input'])} is not one of {first['ctx']['expected']}", None
         elif first["type"] == "missing":
             at = (*at, str(inner[-1])) if at[-1:] != (inner[-1],) else at
-            text = "it is missing"
+            bounds = _bounds(_field_at(cls, inner))
+            text, allowed = "it is missing" + (f": {bounds}" if bounds else ""), _literals(_field_at(cls, inner))
         elif first["type"] != "value_error":
+            bounds = _bounds(_field_at(cls, inner))
+            if " and " in bounds and first["type"].startswith(("greater_than", "less_than", "multiple_of")):
+                text = f"input should be {bounds}"
             text = f"{text[0].lower()}{text[1:]}, not {_shown(first['input'])}"
         raise self.error(at, text + rest + ("." if allowed else ""), given=first["input"], allowed=allowed)
 
@@ -119,6 +133,26 @@ def _class_at(cls: type[BaseModel] | None, loc: tuple) -> type[BaseModel] | None
         if field is not None:
             cls = _model_of(field.annotation)
     return cls
+
+
+def _field_at(cls: type[BaseModel] | None, loc: tuple) -> FieldInfo | None:
+    """The field that `loc` names below `cls`."""
+    owner = _class_at(cls, loc[:-1])
+    return next((f for name, f in owner.model_fields.items() if loc[-1] in (name, f.alias)), None) if owner and loc else None
+
+
+def _bounds(field: FieldInfo | None) -> str:
+    """What a number must be: `greater than 0 and at most 1`; empty where anything goes."""
+    found = [] if field is None else list(field.metadata)
+    for part in () if field is None else get_args(field.annotation):  # of `Share | None`
+        found += [m for given in getattr(part, "__metadata__", ()) for m in getattr(given, "metadata", ())]
+    return " and ".join(f"{word} {getattr(m, name)}" for name, word in _WORDS.items() for m in found if hasattr(m, name))
+
+
+def _literals(field: FieldInfo | None) -> list[str] | None:
+    """The names that a field takes, where it takes names of a list alone."""
+    there = field is not None and get_origin(field.annotation) is Literal
+    return list(map(str, get_args(field.annotation))) if there else None
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -199,7 +199,9 @@ def test_settings_that_cannot_be(settings, says):
 def test_widths_and_texts_that_cannot_be(folders, tmp_path):
     for backend in (SparseGpt, Wanda):
         more = {"block": 125} if backend is SparseGpt else {}
-        with pytest.raises(Unsupported, match=r"model.layers.0.self_attn.q_proj reads 48 inputs, which 5 does not divide"):
+        with pytest.raises(
+            Unsupported, match=r"model.layers.0.self_attn.q_proj reads 48 inputs, which 5 .*; n:m works with m of 2"
+        ):
             compress(backend, folders / "llama", tmp_path / "c", EXAMPLES, pattern="2:5", **more)
         with pytest.raises(StepFailed, match="calibration documents"):
             compress(backend, folders / "llama", tmp_path / "c", [], pattern="2:4")

@@ -238,6 +238,6 @@ def test_it_needs_neither_library_and_says_what_it_cannot_take(t5, tmp_path, mon
     with pytest.raises(Unsupported, match=r"encoder.block.0.layer.0.SelfAttention.q reads 12 inputs, which 8 does not divide"):
         gptq_columns.group_of({"encoder.block.0.layer.0.SelfAttention.q": torch.nn.Linear(12, 8)}, -1)
     compress(Gptq, t5, tmp_path / "once", TEXT[:8], bits=4)
-    with pytest.raises(Unsupported, match=r"GPTQ needs plain weights; the model is quantised \(cpet_packed\)"):
+    with pytest.raises(Unsupported, match=r"GPTQ needs plain weights; the model is quantised \(cpet_packed\): give the"):
         compress(Gptq, tmp_path / "once", tmp_path / "never", TEXT)
     assert not (tmp_path / "never").exists()

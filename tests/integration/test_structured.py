@@ -357,7 +357,9 @@ def test_models_and_shares_it_cannot_take(folders, tmp_path):
     assert "position bias" in refused(folders / "t5", ratio=0.1, parts="both")
     bloom = tr.BloomForCausalLM(tr.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4))
     bloom.save_pretrained(tmp_path / "bloom")
-    assert "BloomForCausalLM: no MLP of plain linear layers known here" in refused(tmp_path / "bloom", ratio=0.2)
+    message = refused(tmp_path / "bloom", ratio=0.2)
+    assert "BloomForCausalLM: no MLP of plain linear layers known here" in message and "depth drops whole blocks" in message
+    assert "transformer.h.0 has self_attention.query_key_value, self_attention.dense, mlp.dense_h_to_4h, mlp" in message
     BitsAndBytes.compress(folders / "llama", tmp_path / "int8", BitsAndBytes.Settings(type="int8"), **HOW)
     assert "quantised (bitsandbytes)" in refused(tmp_path / "int8", ratio=0.2)
     settings = Structured.Settings(ratio=0.2)

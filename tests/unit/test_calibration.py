@@ -59,6 +59,13 @@ def test_documents_of_one_token_are_no_text_however_many(tmp_path):
         plan("structured, ratio: 0.2, calibration: {documents: 1000, max_tokens: 1}", tmp_path)
 
 
+def test_a_task_that_is_not_there_is_named_where_it_stands(tmp_path):
+    for chain, at in (("{}", ""), ("[{backend: depth, drop: [0]}, {}]", ".1")):
+        with pytest.raises(InputError, match="no task 'smoke_sentimant'. Did you mean smoke_sentiment") as caught:
+            plan("wanda, sparsity: 0.5, calibration: {task: smoke_sentimant}", tmp_path, chain)
+        assert caught.value.key == f"compression.c{at}.calibration.task" and caught.value.line == 4
+
+
 def test_in_a_mixture_the_step_is_named(tmp_path):
     with pytest.raises(InputError) as caught:
         short = 'wanda, pattern: "2:4", calibration: {documents: 1, max_tokens: 9}'

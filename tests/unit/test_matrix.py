@@ -82,6 +82,30 @@ def test_eora_needs_a_linear_recovery(tmp_path):
     assert caught.value.line == 12
 
 
+COMPRESSIONS = [
+    ("gptq, bits: 5", "bits", "5 is not one of 2, 3, 4 or 8"),
+    ("gptq, group: 48", "group", "48 is not one of -1, 16, 32, 64, 128, 256, 512 or 1024"),
+    ("rtn, bits: 9", "bits", "at least 2 and at most 8, not 9"),
+    ("rtn", "bits", "it is missing: at least 2 and at most 8"),
+    ("rtn, bits: 4, group: 12", "group", "at least 8 and at most 1024 and a multiple of 8, not 12"),
+    ("bitsandbytes, type: int4", "type", "Did you mean int8? Allowed: fp4, int8, nf4"),
+    ("bitsandbytes", "type", "it is missing. Allowed: fp4, int8, nf4"),
+    ('wanda, pattern: "4:2"', "pattern", "'4:2' is no n:m pattern with n < m"),
+    ("magnitude, sparsity: 50", "sparsity", "greater than 0 and less than 1, not 50"),
+    ("structured, ratio: 1", "ratio", "greater than 0 and less than 1, not 1"),
+    ("depth, ratio: -0.2", "ratio", "greater than 0 and less than 1, not -0.2"),
+    ("moefy, top: 1.5", "top", "greater than 0 and at most 1, not 1.5"),
+    ("student, width: 0", "width", "greater than 0 and less than 1, not 0"),
+]
+
+
+@pytest.mark.parametrize(("given", "key", "says"), COMPRESSIONS, ids=[given for given, *_ in COMPRESSIONS])
+def test_settings_that_no_backend_has_are_refused_with_what_it_has(tmp_path, given, key, says):
+    with pytest.raises(InputError) as caught:
+        load(BASE.replace("nf4: {backend: bitsandbytes, type: nf4}", f"nf4: {{backend: {given}}}"), tmp_path)
+    assert caught.value.key == f"compression.nf4.{key}" and caught.value.line == 6 and says in str(caught.value)
+
+
 PACKED_FIRST = ['{backend: magnitude, pattern: "2:4"}', "{backend: sparsegpt, sparsity: 0.5}", "{backend: depth, drop: [0]}"]
 
 

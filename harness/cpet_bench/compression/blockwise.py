@@ -16,6 +16,7 @@ from ..errors import Unsupported
 if TYPE_CHECKING:
     import torch
 
+OTHERS = "magnitude and rtn read no text and work"
 TOKENS = 4096  # padded tokens a batch of calibration documents has at most
 
 
@@ -89,7 +90,9 @@ def _observed(block, kind: int, layers: dict[str, Any], batches: list[dict[str, 
                 return
             flat = x.reshape(-1, x.shape[-1])
             if len(flat) != real.numel():
-                raise Unsupported(f"not every token goes through {name}, so what it reads is not the calibration text")
+                raise Unsupported(
+                    f"not every token goes through {name}, so what it reads is not the calibration text; {OTHERS}"
+                )
             statistics[name] = observe(statistics.get(name), flat[real.reshape(-1).to(x.device)].float())
 
         return hook
@@ -105,7 +108,7 @@ def _observed(block, kind: int, layers: dict[str, Any], batches: list[dict[str, 
             hook.remove()
     unused = [name for name in layers if name not in leader]
     if unused:
-        raise Unsupported(f"no input reaches {', '.join(unused[:6])}, so it cannot be pruned by what it reads")
+        raise Unsupported(f"no input reaches {', '.join(unused[:6])}, so it cannot be changed by what it reads; {OTHERS}")
     return [({n: layers[n] for n in layers if leader[n] == name}, found) for name, found in statistics.items()]
 
 

@@ -131,7 +131,10 @@ def group_of(layers: dict[str, Any], wanted: int | None) -> int:
 
     for name, layer in layers.items():
         if any(width % 32 for width in features(layer)):
-            raise Unsupported(f"GPTQ packs multiples of 32 inputs and outputs; {name} has {features(layer)}")
+            raise Unsupported(
+                f"GPTQ packs multiples of 32 inputs and outputs; {name} has {features(layer)}: "
+                "rtn takes multiples of 8; where structured pruning made these widths, multiple: 32 there helps"
+            )
     widths = {name: features(layer)[0] for name, layer in layers.items()}
     return wanted if wanted == -1 else rounding.group_of(widths, wanted, (16, 32, 64, 128, 256, 512, 1024))
 

@@ -58,7 +58,8 @@ def load_plain(source: Path, device: str, dtype: str, what: str = "pruning"):
 
     quantised = load_config(source).get("quantization_config")
     if quantised:
-        raise Unsupported(f"{what} needs plain weights; the model is quantised ({quantised.get('quant_method')})")
+        method = quantised.get("quant_method")
+        raise Unsupported(f"{what} needs plain weights; the model is quantised ({method}): give the one it was made from")
     model = load_model(source, device=device, dtype=dtype)
     return model, block_linears(model)
 
@@ -66,10 +67,14 @@ def load_plain(source: Path, device: str, dtype: str, what: str = "pruning"):
 def check_widths(layers: dict[str, Any], settings: PatternSettings) -> None:
     """Unsupported, naming the layer, where groups of m do not fill a layer's width."""
     m = settings.nm[1] if settings.nm else 1
-    for name, module in layers.items():
-        width = weight_out_in(module).shape[1]
+    widths = {name: weight_out_in(module).shape[1] for name, module in layers.items()}
+    for name, width in widths.items():
         if width % m:
-            raise Unsupported(f"{name} reads {width} inputs, which {m} does not divide, so {settings.pattern} cannot be")
+            fits = [str(n) for n in range(2, 33) if not any(w % n for w in widths.values())]
+            would = f"n:m works with m of {', '.join(fits)}" if fits else "sparsity works with any width"
+            raise Unsupported(
+                f"{name} reads {width} inputs, which {m} does not divide, so {settings.pattern} cannot be; {would}"
+            )
 
 
 def stored_dtype(source: Path) -> str:

@@ -139,6 +139,7 @@ def spared_ends(depth: int) -> tuple[int, int]:
 def choose_parts(model, settings: StructuredSettings) -> tuple[list[Part], list[str]]:
     """The parts that may be narrowed, and the names of the blocks spared. Unsupported where there are none of a kind asked."""
     from ..models.arch import block_lists
+    from ..models.blocks import linears_in
     from ..models.widths import heads_refused, parts
 
     spared = []
@@ -150,10 +151,14 @@ def choose_parts(model, settings: StructuredSettings) -> tuple[list[Part], list[
         spared += [f"{name}.{i}" for i in (*range(first), *range(depth - last, depth))]
     there = [p for p in parts(model) if not any(f"{p.name}.".startswith(f"{block}.") for block in spared)]
     mlps, heads = ([p for p in there if p.kind == kind] for kind in ("mlp", "heads"))
-    cls = type(model).__name__
+    cls, here = type(model).__name__, linears_in(model, f"{block_lists(model)[0]}.0")
     if not mlps and settings.parts != "heads":
-        raise Unsupported(f"{cls}: no MLP of plain linear layers known here (gate_proj, up_proj, down_proj; fc1, fc2; ...)")
-    unknown = None if heads else "no attention of plain linear layers known here (q_proj, k_proj, v_proj, o_proj; c_attn; ...)"
+        raise Unsupported(
+            f"{cls}: no MLP of plain linear layers known here (gate_proj, up_proj, down_proj; fc1, fc2; ...): {here}; "
+            "depth drops whole blocks of any model"
+        )
+    unknown = "no attention of plain linear layers known here (q_proj, k_proj, v_proj, o_proj; c_attn; ...)"
+    unknown = None if heads else f"{unknown}: {here}"
     refused = next(filter(None, (heads_refused(model, p) for p in heads)), unknown)
     if settings.parts in ("both", "heads") and refused:
         raise Unsupported(f"{cls}: {refused}; parts: mlp prunes the neurons alone")

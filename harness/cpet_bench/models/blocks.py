@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import Unsupported
-from .arch import block_lists
+from .arch import block_linears, block_lists
 
 # What a config calls the number of blocks of each stack.
 _COUNTS = {
@@ -16,6 +16,12 @@ _COUNTS = {
     "decoder": ("num_decoder_layers", "decoder_layers"),
     "": ("num_hidden_layers", "n_layer", "num_layers"),
 }
+
+
+def linears_in(model: nn.Module, block: str) -> str:
+    """The linear layers of the block of this name, for a message: `model.layers.0 has self_attn.q_proj, ...`."""
+    names = [name.removeprefix(f"{block}.") for name in block_linears(model) if name.startswith(f"{block}.")]
+    return f"{block} has {', '.join(names[:8]) or 'no linear layer'}{', ...' if len(names) > 8 else ''}"
 
 
 def keep_blocks(model: nn.Module, kept: dict[str, list[int]]) -> nn.Module:

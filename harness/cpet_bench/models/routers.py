@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import StepFailed, Unsupported
 from .arch import block_lists, features
+from .blocks import linears_in
 
 FILE = "cpet_routers.safetensors"
 # Children of a feed-forward network by model family: what the activation reads, the activation, what multiplies it, output.
@@ -54,7 +55,11 @@ def feed_forwards(model: nn.Module) -> list[Ffn]:
                 mine += [Ffn(name, *s) for s in _SHAPES if all(c in children for c in s if c)]
             if len(mine) != 1:
                 what = "no feed-forward network of a known shape" if not mine else f"{len(mine)} feed-forward networks"
-                raise Unsupported(f"{blocks}.{i} has {what}; experts are made of one with one activation between its layers")
+                known = "; ".join(" ".join(filter(None, shape)) for shape in _SHAPES)
+                raise Unsupported(
+                    f"{blocks}.{i} has {what}; experts are made of one with one activation between its layers, as these: "
+                    f"{known}. {linears_in(model, f'{blocks}.{i}')}; pruning, quantising and depth need no such network"
+                )
             found += mine
     if len({id(model.get_submodule(f"{f.name}.{f.act}")) for f in found}) < len(found):
         raise Unsupported("the feed-forward networks of this model share one activation module, so none can be routed alone")
