@@ -121,9 +121,10 @@ def test_a_rank_counts_where_it_is_used(folders):
         assert any("lora_A" in n for n, _ in model.named_parameters())
 
 
-def test_virtual_tokens_are_unsupported_and_say_why(folders):
-    with pytest.raises(Unsupported, match="virtual tokens"):
-        methods.attach(load_model(folders["llama"]), PetSettings(method="prompt_tuning", num_virtual_tokens=2))
+def test_what_needs_more_than_virtual_tokens_is_unsupported_and_says_why(folders):
+    pet = PetSettings(method="multitask_prompt_tuning", num_virtual_tokens=2, num_tasks=2)
+    with pytest.raises(Unsupported, match="more than virtual tokens"):
+        methods.attach(load_model(folders["llama"]), pet)
 
 
 def test_a_saved_adapter_that_does_not_fit(folders, tmp_path):

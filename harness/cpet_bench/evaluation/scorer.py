@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import StepFailed, Stopping
 from ..failpoints import failpoint
+from ..pet.prompts import virtual_tokens
 from ..training_model import start_token
 from . import generation
 from .batching import Batch, pieces, plan_hash, rows_of
@@ -94,7 +95,7 @@ def max_length(model: nn.Module, tokenizer) -> int:
     """How many tokens lm-eval lets this model read at once; 2,048 where neither it nor its tokenizer says."""
     config = model.config.get_text_config(decoder=True)
     found = next((getattr(config, name) for name in _LENGTHS if getattr(config, name, None)), tokenizer.model_max_length)
-    return int(found) if found and found < _UNSET else 2048
+    return (int(found) if found and found < _UNSET else 2048) - virtual_tokens(model)
 
 
 def plan(table: list[dict], about: dict, model: nn.Module, tokenizer, length: int, tokens: int) -> list[Job]:

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import InputError, StepFailed, Unsupported
 from ..models.arch import block_linears
 from ..settings import PetSettings
+from . import prompts
 from .own import OWN, plain_name
 
 _KEPT = "_cpet_pet"  # attribute of the model that holds PEFT's wrapper and what was there before
@@ -75,8 +76,13 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     if not weights.is_file() or not Path(folder, "adapter_config.json").is_file():
         raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json and adapter_model.safetensors).")
     config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = not trainable
+    # What is saved of virtual tokens is what their encoder gave; from then on they are trained themselves.
+    config.inference_mode = not trainable or config.is_prompt_learning
+    if config.is_prompt_learning:
+        prompts.prepare(model, config)
     _inject(model, config, name, 0)
+    if config.is_prompt_learning:
+        model.cpet_prompt.requires_grad_(trainable)
     wrapper = getattr(model, _KEPT)["wrapper"]
     given = load_file(weights)
     expected = _state(wrapper, name)
@@ -154,6 +160,7 @@ def detach(model: nn.Module) -> nn.Module:
     from . import nola
 
     nola.detach(model)
+    prompts.detach(model)
     kept = model.__dict__.pop(_KEPT, None)
     if kept is None:
         return model
@@ -217,10 +224,7 @@ def _config(model: nn.Module, pet: PetSettings, targets: dict[str, int] | None):
     except (TypeError, ValueError) as error:
         raise InputError(f"{cls.__name__}: {error}", key="pet") from error
     if config.is_prompt_learning:
-        raise Unsupported(
-            f"{pet.method} trains virtual tokens in front of the prompt; training and scoring here run the blocks on the "
-            "documents' own tokens alone"
-        )
+        prompts.prepare(model, config)
     return config
 
 
@@ -288,6 +292,10 @@ def _inject(model: nn.Module, config, name: str, seed: int) -> None:
             torch.manual_seed(seed)
             if fresh:
                 kept["wrapper"] = get_peft_model(model, config, adapter_name=name)
+                if config.is_prompt_learning:
+                    prompts.install(model, kept["wrapper"], name)
+            elif config.is_prompt_learning:
+                raise ValueError("a model takes the virtual tokens of one module at a time")
             else:
                 kept["wrapper"].add_adapter(name, config)
                 kept["wrapper"].base_model.set_adapter([*kept["wrapper"].active_adapters, name])

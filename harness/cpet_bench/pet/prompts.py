@@ -1,0 +1,154 @@
+"""PEFT's prompt-learning methods (prompt, prefix and P-tuning) on the model object itself.
+
+PEFT puts the virtual tokens into its wrapper's forward. Training and scoring run the blocks of the bare model, so here it is
+the model's trunk that gets them: whoever runs it gives and gets the documents' own tokens, positions and masks, and the
+virtual tokens stand in front of them (arXiv 2104.08691, 2103.10385) or in the keys and values (arXiv 2101.00190). A cache
+that holds tokens has the virtual ones among them already. Prompts and their encoders stay PEFT's.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import Unsupported
+from ..models.arch import body
+
+_KEPT = "_cpet_prompts"  # attribute of the model: the trunks whose forward was replaced
+PREFIX = ("PREFIX_TUNING",)
+IN_FRONT = ("PROMPT_TUNING", "P_TUNING")
+
+
+def prepare(model: nn.Module, config) -> None:
+    """Fill in what PEFT would choose too widely; Unsupported for what cannot be run this way."""
+    kind = config.peft_type.value
+    if kind not in (*PREFIX, *IN_FRONT):
+        raise Unsupported(f"PEFT's {kind} needs more than virtual tokens: its forward is not run here")
+    if not model.config.is_encoder_decoder:
+        return
+    if kind in PREFIX:
+        raise Unsupported("prefix tuning of encoder-decoder models is not supported: prompt tuning and P-tuning are")
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 1  # PEFT runs the encoder's virtual tokens alone, and would save twice as many
+
+
+def install(model: nn.Module, wrapper: nn.Module, name: str) -> None:
+    """Make the trunk (the encoder of an encoder-decoder model) run with the virtual tokens of PEFT's `wrapper`."""
+    if hasattr(model, "cpet_prompt"):
+        raise Unsupported("a model takes the virtual tokens of one module at a time")
+    config = wrapper.peft_config[name]
+    model.cpet_prompt = wrapper.prompt_encoder[name]
+    replaced = model.__dict__[_KEPT] = {"count": config.num_virtual_tokens, "trunks": []}
+    if not model.config.is_encoder_decoder:
+        trunk = body(model)
+        run = _with_prefix if config.peft_type.value in PREFIX else _with_prompt
+        _replace(replaced, trunk, run(trunk, trunk.forward, wrapper, config.num_virtual_tokens))
+        return
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    _replace(replaced, encoder, _with_prompt(encoder, encoder.forward, wrapper, config.num_virtual_tokens, cut=False))
+    _replace(replaced, decoder, _seeing_all(decoder.forward, config.num_virtual_tokens))
+
+
+def _replace(replaced: dict[str, Any], trunk: nn.Module, forward) -> None:
+    trunk.forward = forward
+    replaced["trunks"].append(trunk)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the virtual tokens off again."""
+    replaced = model.__dict__.pop(_KEPT, None)
+    if replaced is None:
+        return
+    for trunk in replaced["trunks"]:
+        del trunk.forward
+    del model.cpet_prompt
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions virtual tokens take in front of every sequence."""
+    return model.__dict__.get(_KEPT, {}).get("count", 0)
+
+
+def _length(cache) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _extended(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """A mask (rows x positions) with the virtual tokens in front, which are always seen."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise Unsupported("a model that is given masks of its own kind cannot have virtual tokens in front")
+    return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+
+
+def _shifted(given: dict[str, Any], count: int) -> None:
+    """Masks and positions as the trunk must see them: with the virtual tokens before."""
+    if given.get("attention_mask") is not None:
+        given["attention_mask"] = _extended(given["attention_mask"], count)
+    if given.get("position_ids") is not None:
+        given["position_ids"] = given["position_ids"] + count
+
+
+def _with_prompt(trunk: nn.Module, forward, wrapper, count: int, cut: bool = True):
+    """The trunk's forward with virtual tokens before the first of the document's; they are cut off its output (`cut`)."""
+
+    @wraps(forward)
+    def run(input_ids=None, attention_mask=None, **given):
+        given |= {"attention_mask": attention_mask}
+        _shifted(given, count)
+        if _length(given.get("past_key_values")):
+            return forward(input_ids=input_ids, **given)
+        embeddings = given.pop("inputs_embeds", None)
+        if embeddings is None:
+            embeddings = trunk.get_input_embeddings()(input_ids)
+        prompt = wrapper.get_prompt(batch_size=len(embeddings))[:, :count].to(embeddings.device, embeddings.dtype)
+        if given.get("position_ids") is not None:
+            first = torch.arange(count, device=embeddings.device).expand(len(embeddings), -1)
+            given["position_ids"] = torch.cat([first, given["position_ids"]], dim=1)
+        out = forward(inputs_embeds=torch.cat([prompt, embeddings], dim=1), **given)
+        if cut:
+            out.last_hidden_state = out.last_hidden_state[:, count:]
+        return out
+
+    return run
+
+
+def _with_prefix(trunk: nn.Module, forward, wrapper, count: int):
+    """The trunk's forward after keys and values of the virtual tokens, put into the cache that is given or a new one."""
+
+    @wraps(forward)
+    def run(input_ids=None, attention_mask=None, **given):
+        given |= {"attention_mask": attention_mask}
+        _shifted(given, count)
+        cache = given.get("past_key_values")
+        if not _length(cache):
+            if trunk.training and getattr(trunk, "gradient_checkpointing", False):
+                raise Unsupported("prefix tuning and gradient checkpointing exclude each other: both use the cache")
+            rows = len(input_ids if input_ids is not None else given["inputs_embeds"])
+            prefix = wrapper.get_prompt(batch_size=rows)
+            if cache is None:
+                given["past_key_values"] = prefix
+            else:
+                for number, layer in enumerate(prefix.layers):
+                    cache.update(layer.keys, layer.values, number)
+        return forward(input_ids=input_ids, **given)
+
+    return run
+
+
+def _seeing_all(forward, count: int):
+    """A decoder's forward that also attends to what its encoder gives at the virtual tokens."""
+
+    @wraps(forward)
+    def run(*args, encoder_hidden_states=None, encoder_attention_mask=None, **given):
+        both = encoder_hidden_states is not None and encoder_attention_mask is not None
+        if both and encoder_attention_mask.shape[1] + count == encoder_hidden_states.shape[1]:
+            encoder_attention_mask = _extended(encoder_attention_mask, count)
+        given |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        return forward(*args, **given)
+
+    return run
