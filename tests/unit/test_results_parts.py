@@ -101,7 +101,7 @@ def test_a_kept_matrix_needs_nothing_but_its_folder(tmp_path):
     def content(found, kind):
         """Settings of a step without the places of its files."""
         step = next(s for s in found.values() if s.kind == kind)
-        spec = step.settings.get("spec", {})
+        spec = step.settings.get("spec") or {}
         return sorted(spec.get("files", {}).values()), step.settings.get("content")
 
     assert content(steps, "requests") == content(plan.steps, "requests") and content(steps, "requests")[0]
