@@ -13,7 +13,7 @@ from typing import Any
 
 from . import registry
 from .cells import Cell
-from .compression import calibrated
+from .compression import calibrated, narrows
 from .errors import InputError
 from .evaluation.tasks import portable, task_spec
 from .keys import Fixed, fixed, plain
@@ -229,6 +229,9 @@ class Planner:
         }
         params: dict[str, Any] = {"checkpoint_every": train.checkpoint_every}
         if restoring.inherit:
+            params["compressions"] = len(cell.compression)
+            if cell.pet.fields.get("use_dora") and any(narrows(c.name) for c in cell.compression):
+                needs["dense"] = self._model(cell)
             if restoring.inherit.from_:
                 params |= {"base": str(self.base), "inherit": restoring.inherit.from_}
             else:

@@ -116,6 +116,7 @@ class Depth:
             keep_blocks(model, name, field, kept[name])
         facts = {"kept_blocks": kept, "parameters": model.num_parameters(), **facts}
         note = {"backend": "depth", **settings.model_dump(mode="json"), **facts}
+        note["blocks"] = {name: blocks for name, (_, blocks) in lists.items()}
         stored = save(model, source, out, note)
         wanted, dtype = canary(model), str(model.dtype).removeprefix("torch.")
         del model

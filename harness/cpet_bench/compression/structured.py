@@ -60,6 +60,7 @@ class Structured:
     version = 1
     packages = ("torch", "transformers")
     min_tokens = 64  # one of the authors' ten texts
+    narrows = True  # layers lose inputs and outputs
     tries = ({"ratio": 0.25}, {"ratio": 0.4, "parts": "mlp", "importance": "l2"})  # settings that `doctor` tries
     Settings = StructuredSettings
 
@@ -120,6 +121,7 @@ class Structured:
         else:
             del given["calibration"]
         note = {"backend": "structured", **given, **facts, "kept": kept}
+        note["groups"] = {p.label: p.groups for p in narrowable}
         return {**facts, "bytes": save(model, source, out, note), "simulated": []}
 
 

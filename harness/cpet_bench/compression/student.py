@@ -74,6 +74,7 @@ class Student:
     packages = ("torch", "transformers")
     calibrated = True
     resumes = True
+    narrows = True  # with width, layers lose inputs and outputs
     tries = ({"depth": 0.5, "steps": 2}, {"width": 0.8, "steps": 2})  # settings that `doctor` tries
     Settings = StudentSettings
 
@@ -134,14 +135,14 @@ class Student:
         student = keep_blocks(teacher, kept).to(device.split("+")[0])
         flags = held_out(examples)
         text = [e for e, out_ in zip(examples, flags, strict=True) if not out_]
-        narrower = narrow(student, settings, text, progress) if settings.width else {}
+        narrower, groups = narrow(student, settings, text, progress) if settings.width else ({}, {})
         held = [e for e, out_ in zip(examples, flags, strict=True) if out_][:MEASURED]
         before = divergence(teacher, student, held or text[:MEASURED])
         facts = distill(teacher, student, kept, text, settings, scratch, progress, should_stop)
         after = divergence(teacher, student, held or text[:MEASURED])
         facts |= {"kl_start": before, "kl_end": after, "measured_on": "held-out documents" if held else "training documents"}
-        note = {"backend": "student", **settings.model_dump(mode="json"), "kept_blocks": kept}
-        note |= {"kept": narrower} if narrower else {}
+        note = {"backend": "student", **settings.model_dump(mode="json")} | {"kept_blocks": kept, "blocks": lists}
+        note |= {"kept": narrower, "groups": groups} if narrower else {}
         parameters, of_teacher = (sum(p.numel() for p in m.parameters()) for m in (student, teacher))
         del teacher
         return {
@@ -170,8 +171,9 @@ def spread(total: int, settings: StudentSettings) -> list[int]:
     return [round(i * (total - 1) / (n - 1)) for i in range(n)] if n > 1 else [0]
 
 
-def narrow(student, settings: StudentSettings, text: list[list[int]], progress) -> dict[str, list[int]]:
-    """Prune neurons and heads of `student` in place, as `structured` does. Returns the groups kept, by part."""
+def narrow(student, settings: StudentSettings, text: list[list[int]], progress) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Prune neurons and heads of `student` in place, as `structured` does. Returns by part the groups kept, and how many there
+    were."""
     from ..models.widths import note_widths
     from . import structured
 
@@ -181,7 +183,7 @@ def narrow(student, settings: StudentSettings, text: list[list[int]], progress) 
     widths = structured.widths_for(student, parts, structured.block_parameters(student), how)
     kept = structured.prune(student, parts, widths, how, few, progress)
     note_widths(student)
-    return kept
+    return kept, {part.label: part.groups for part in parts}
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ transformers builds every block alike from its config. A model with blocks of se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from ..errors import Unsupported
 
 KEY = "cpet_widths"
+Fits = Callable[[nn.Module, tuple[str, ...]], bool]  # whether a module's children of these names are of classes looked for
 _MLP = (  # names of the layers that make a neuron, of the layer that reads it, and of the config's width
     (("gate_proj", "up_proj"), "down_proj", ("intermediate_size",)),
     (("wi_0", "wi_1"), "wo", ("d_ff",)),
@@ -62,15 +64,19 @@ class Part:
         return [g * self.columns + i for g in kept for i in range(self.columns)]
 
 
-def parts(model: nn.Module) -> list[Part]:
-    """The parts of every block that can be narrowed, in order; a block's other modules are left out."""
-    from .arch import block_lists
+def parts(model: nn.Module, plain: bool = True) -> list[Part]:
+    """The parts of every block that can be narrowed, in order; a block's other modules are left out.
 
+    plain: only those of plain linear layers, which `narrow` can cut; else those of any class, quantised ones too.
+    """
+    from .arch import block_lists, is_linear
+
+    ours = _plain if plain else lambda m, names: all(is_linear(getattr(m, n)) if hasattr(m, n) else False for n in names)
     found = []
     for blocks in block_lists(model):
         for name, module in model.get_submodule(blocks).named_modules():
             if name:
-                found += [p for p in (_mlp(f"{blocks}.{name}", module), _heads(f"{blocks}.{name}", module)) if p]
+                found += [p for p in (_mlp(f"{blocks}.{name}", module, ours), _heads(f"{blocks}.{name}", module, ours)) if p]
     return found
 
 
@@ -80,23 +86,23 @@ def _plain(module: nn.Module, names: tuple[str, ...]) -> bool:
     return all(isinstance(getattr(module, n, None), (nn.Linear, Conv1D)) for n in names)
 
 
-def _mlp(name: str, module: nn.Module) -> Part | None:
+def _mlp(name: str, module: nn.Module, ours: Fits) -> Part | None:
     from .arch import features
 
     for makers, reader, config in _MLP:
-        if _plain(module, (*makers, reader)):
+        if ours(module, (*makers, reader)):
             width = features(getattr(module, reader))[0]
             if all(features(getattr(module, n))[1] == width for n in makers):
                 return Part(name, "mlp", width, dict.fromkeys(makers, ((0,), 1)), reader, 1, config)
     return None
 
 
-def _heads(name: str, module: nn.Module) -> Part | None:
+def _heads(name: str, module: nn.Module, ours: Fits) -> Part | None:
     from .arch import features
 
     size = getattr(module, "head_dim", None) or getattr(module, "key_value_proj_dim", None)
     for makers, reader in _HEADS:
-        if not size or not _plain(module, (*makers, reader)):
+        if not size or not ours(module, (*makers, reader)):
             continue
         width = features(getattr(module, reader))[0]
         if len(makers) == 1:

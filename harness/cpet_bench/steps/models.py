@@ -19,6 +19,7 @@ def run_model(ctx: Context) -> dict:
 def run_compress(ctx: Context) -> dict:
     """One compression backend on the model before it."""
     from ..compression.calibration import check_text
+    from ..compression.notes import carry_note
     from ..evaluation.pairs import calibration_ids
     from ..models.routers import carry_routers
 
@@ -41,6 +42,7 @@ def run_compress(ctx: Context) -> dict:
         progress=ctx.progress,
         **more,
     )
+    carry_note(ctx.inputs["source"], ctx.out, ctx.settings["backend"])
     carried = carry_routers(ctx.inputs["source"], ctx.out)
     if carried and "bytes" in facts:
         facts["bytes"] += carried

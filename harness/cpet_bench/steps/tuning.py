@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import StepFailed
 from ..settings import DistillSettings, PetSettings, RecoverSettings, TrainSettings
 from .context import Context
 
@@ -63,17 +64,21 @@ def run_tune(ctx: Context) -> dict:
     if recovery:
         recovery = recovery.model_copy(update={"alpha": s["recover"]["scale"] * recovery.r})
     with ctx.model(purpose="train") as model:
-        start = _start(ctx, model)
+        start, cut = _start(ctx, model)
         if start is not None:
-            return _train_from(ctx, model, start, recovery)
+            return _train_from(ctx, model, start, recovery) | cut
         with attach_parts(
             model, s["pet"], recovery, s.get("control"), seed=s["seed"], init=ctx.inputs.get("init")
         ) as deployed:
             return _train_and_save(ctx, deployed, recovery)
 
 
-def _start(ctx: Context, model) -> Path | None:
-    """The adapter folder training starts from: D's, D's extended (`wider`), or one the user has."""
+def _start(ctx: Context, model) -> tuple[Path | None, dict]:
+    """The adapter folder training starts from: D's or one the user has, cut as the model was, and extended for `wider`.
+
+    And facts, where it was cut: `inherited_cut` (see `inheriting.cut_adapter`).
+    """
+    from ..restoring import inheriting
     from ..restoring.fairness import wider
 
     if "inherit" in ctx.inputs:
@@ -81,14 +86,36 @@ def _start(ctx: Context, model) -> Path | None:
     elif "inherit" in ctx.settings:
         folder = _user_adapter(ctx)
     else:
-        return None
+        return None, {}
+    facts: dict[str, Any] = {}
+    cuts = inheriting.read_cuts(model, ctx.inputs["model"], ctx.params.get("compressions", 0))
+    if cuts:
+        own, out, dense = "inherit" not in ctx.inputs, ctx.scratch / "cut", ctx.inputs.get("dense")
+        shutil.rmtree(out, ignore_errors=True)
+        with _inheriting(ctx):
+            folder, cut = inheriting.start_of(folder, model, cuts, out, dense, own=own)
+        facts = {"inherited_cut": cut} if cut else {}
     control = ctx.settings.get("control")
     if control and control["control"] == "wider":
         extended = ctx.scratch / "wider"
         shutil.rmtree(extended, ignore_errors=True)
         wider(folder, target_parameters(model, control), extended)
-        return extended
-    return folder
+        return extended, facts
+    return folder, facts
+
+
+@contextmanager
+def _inheriting(ctx: Context):
+    """A StepFailed inside names the user's adapter, where it was one, and what to give instead."""
+    try:
+        yield
+    except StepFailed as error:
+        if "inherit" not in ctx.params:
+            raise
+        raise StepFailed(
+            f"inherit from {ctx.params['inherit']}: {error}. Name an adapter that was trained on this model, or write "
+            "inherit: true, and one is trained here"
+        ) from error
 
 
 def _user_adapter(ctx: Context) -> Path:
@@ -101,7 +128,8 @@ def _train_from(ctx: Context, model, start: Path, recovery: RecoverSettings | No
     from ..pet import methods
     from ..restoring import recover
 
-    deployed = methods.attach_saved(model, start, trainable=True)
+    with _inheriting(ctx):
+        deployed = methods.attach_saved(model, start, trainable=True)
     try:
         if recovery:
             recover.attach_recovery(deployed, recovery, seed=ctx.settings["seed"], init=ctx.inputs.get("init"))
