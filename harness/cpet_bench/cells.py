@@ -125,6 +125,13 @@ class Cell:
         return self._other({**self.axes, "compression": plain["compression"], "restoring": plain["restoring"]})
 
     @cached_property
+    def teacher(self) -> Cell | None:
+        """The cell that trains the D of another model, where distillation's teacher is that; else None."""
+        distill = self.restoring.distill if self.pet is not None else None
+        other = getattr(distill and distill.teacher, "model", self.axes["model"])
+        return None if other == self.axes["model"] else self._other({**self.dense.axes, "model": other})
+
+    @cached_property
     def control_of(self) -> Cell | None:
         """The cell a control is matched to."""
         if self.pet is None or self.restoring.control is None:

@@ -321,6 +321,10 @@ def _check(matrix: Matrix, reader: Reader) -> None:
             other = matrix.restoring[restoring.of]
             if other.control:
                 raise reader.error((*path, "of"), f"{restoring.of} is a control itself")
+        other = getattr(restoring.distill and restoring.distill.teacher, "model", None)
+        if other is not None and other not in matrix.model:
+            message = f"there is no model {other[:80]!r} in this matrix"
+            raise reader.error((*path, "distill", "teacher", "model"), message, given=other, allowed=matrix.model)
         if restoring.parts and not tuned:
             raise reader.error(path, "nothing is tuned: the matrix has no PET method to restore")
     for name, settings in matrix.model.items():

@@ -196,7 +196,9 @@ class Planner:
         if restoring.recover:
             settings["recover"] = {"r": restoring.recover.r, "scale": restoring.recover.scale, "act": restoring.recover.act}
         if restoring.distill:
-            settings["distill"] = restoring.distill
+            # which model a teacher is enters by the step that makes its features, not by its name
+            other = not isinstance(restoring.distill.teacher, str)
+            settings["distill"] = restoring.distill.model_copy(update={"teacher": "dense"}) if other else restoring.distill
         if restoring.control:
             settings["control"] = control_settings(cell)
         return fixed(settings)
@@ -231,7 +233,7 @@ class Planner:
         if restoring.inherit:
             params["compressions"] = len(cell.compression)
             if cell.pet.fields.get("use_dora") and any(narrows(c.name) for c in cell.compression):
-                needs["dense"] = self._model(cell)
+                needs["dense"] = self.model(cell)
             if restoring.inherit.from_:
                 params |= {"base": str(self.base), "inherit": restoring.inherit.from_}
             else:
@@ -251,11 +253,17 @@ class Planner:
 
     def _teacher(self, cell: Cell, distill: DistillSettings) -> str:
         steps = cell.train.steps + (cell.dense.train.steps if cell.restoring.control == "longer" else 0)
-        model = self.model(cell) if distill.teacher == "dense" else self._compressed(cell)
-        return self._features(cell.dense, model, distill, cell.train.model_copy(update={"steps": steps}))
+        train = cell.train.model_copy(update={"steps": steps})
+        if cell.teacher:
+            return self._features(cell.teacher, self.model(cell.teacher), distill, train, cell.dense)
+        model = self._compressed(cell) if distill.teacher == "compressed" else self.model(cell)
+        return self._features(cell.dense, model, distill, train)
 
     @once("model", "pet", "task", "seed")
-    def _features(self, dense: Cell, model: str, distill: DistillSettings, train: TrainSettings) -> str:
+    def _features(
+        self, dense: Cell, model: str, distill: DistillSettings, train: TrainSettings, student: Cell | None = None
+    ) -> str:
+        """student: where it is another model's, the cell whose tokenizer reads the text."""
         settings = {
             "hidden": distill.hidden,
             "top_k": distill.kl.top_k if distill.kl else None,
@@ -265,10 +273,14 @@ class Planner:
         needs = {
             "model": model,
             "adapter": self._tune(dense),
-            "pairs": self._pairs(dense, train.documents, train.max_tokens),
+            "pairs": self._pairs(student or dense, train.documents, train.max_tokens),
         }
+        params: dict[str, Any] = {}
+        if student:
+            needs["tokenizer"] = self.model(student)
+            params["names"] = {"student": student.axes["model"], "teacher": dense.axes["model"]}
         work = train.steps * train.batch
-        return self.add("teacher", settings, needs, f"teacher of {self.name(dense)}", work=work)
+        return self.add("teacher", settings, needs, f"teacher of {self.name(dense)}", params=params, work=work)
 
     @once("model", "compression", "task")
     def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
@@ -329,7 +341,7 @@ class Planner:
             roles["compress"] = self._compressed(cell)
         if cell.pet:
             roles["tune"] = self._tune(cell)
-            if cell.restoring.inherit or cell.restoring.distill:
+            if cell.restoring.inherit or (cell.restoring.distill and not cell.teacher):
                 roles["dense_tune"] = self._tune(cell.dense)
         requests, shared, where = self.requests(cell)
         work, name = cell.task.limit or 1000, self.name(cell)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 _UNITS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1, "": 1}
 
@@ -223,19 +223,38 @@ class KlSettings(Settings):
     top_k: Positive = 64
 
 
+class OtherTeacher(Settings):
+    """Another model of the matrix as the teacher, by its name there, with a D of its own; it must read the same tokens."""
+
+    model: str
+
+
 class DistillSettings(Settings):
     """CPET's distillation: task loss + weight * MSE(student hidden, teacher hidden) over all non-padding positions.
 
     hidden: `last` is the normed last hidden state, `last_block_input` what enters the last block (the T5 code).
-    teacher: `dense` is M + D, `compressed` C + D (the Llama-2 script). Encoder-decoder models have two weights.
+    teacher: `dense` is M + D, `compressed` C + D (the Llama-2 script), {model: NAME} another model of the matrix with a D of
+        its own.
+    projection: `auto` learns a linear map of the student's states where the teacher's are of another width; `none` has none.
+    Encoder-decoder models have two weights.
     """
 
     weight: float = Field(1.0, ge=0, le=1e6)
     encoder_weight: float = Field(0.005, ge=0, le=1e6)
     decoder_weight: float = Field(0.05, ge=0, le=1e6)
     hidden: Literal["last", "last_block_input"] = "last"
-    teacher: Literal["dense", "compressed"] = "dense"
+    teacher: Literal["dense", "compressed"] | OtherTeacher = "dense"
+    projection: Literal["auto", "none"] = "auto"
     kl: KlSettings | None = None
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler):
+        """Without later settings that have their defaults, so that the keys of results from before them stay the same."""
+        found = handler(self)
+        for name in ("projection",):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                found.pop(name, None)
+        return found
 
 
 class RestoringSettings(Settings):

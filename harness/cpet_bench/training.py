@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .errors import StepFailed, Stopping
+from .restoring.projection import named, projection_facts, projection_flops, projections
 from .settings import DistillSettings, TrainSettings
 from .training_cost import flops_of, peak_memory
 from .training_losses import Shares, distill_loss, kl_loss, task_loss
@@ -54,6 +55,9 @@ def train(
 ) -> dict:
     """Train every parameter of `model` that requires a gradient, with AdamW; the others stay as they are.
 
+    Where the teacher's states are of another width, the maps between them (restoring/projection.py) are trained along: they
+    share the learning rate and the limit on the gradient's norm, and are gone afterwards.
+
     Args:
         pairs: training documents (`evaluation.pairs.read_pairs`).
         features, teacher: what distillation compares with: kept features, or a model run alongside.
@@ -62,7 +66,8 @@ def train(
         extra_steps: steps added to `settings.steps` (control `longer`).
         seed: of dropout, where the model or its modules have any.
     Returns: losses (a list of step, loss, task, distill, kl, lr, grad_norm, seconds), steps, documents, tokens,
-        padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch, unreachable.
+        padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch, unreachable; where there
+        were maps, projection (widths by part) and projection_parameters.
     Raises:
         StepFailed: a loss or gradient is not finite, a tensor learned nothing, or memory does not suffice for one document.
         Stopping: `should_stop()` said so; the checkpoint is written.
@@ -75,6 +80,11 @@ def train(
     order = data_order(len(pairs), settings) if settings.steps else []
     documents = {i: document(i, pairs[i], settings.max_tokens, start_id) for step in order for i in step}
     look_up = _teacher(distill, features, teacher)
+    own = sum(p.numel() for p in trainable.values())
+    maps = projections(model, distill, look_up.widths, seed) if distill else {}
+    if maps:
+        look_up.maps = maps
+        trainable |= named(maps)
 
     groups = [{"params": list(trainable.values()), "lr": settings.lr}]
     devices = {p.device.type for p in trainable.values()}
@@ -143,9 +153,10 @@ def train(
         "documents": len(read),
         "tokens": state["tokens"],
         "padded_tokens": state["padded"],
-        "flops": flops_of(model, read),
+        "flops": flops_of(model, read) + projection_flops(maps, read),
         "seconds": state["seconds"],
-        "trainable_parameters": sum(p.numel() for p in trainable.values()),
+        "trainable_parameters": own,
+        **projection_facts(maps),
         "peak_memory": peak_memory(cuda),
         "micro_batch": state["micro"],
         "unreachable": never,
@@ -197,7 +208,7 @@ def _passes(model, docs: list[Document], distill: DistillSettings | None, look_u
         parts = {"task": task}
         if distill:
             wanted = look_up(group)
-            parts["distill"] = distill_loss(states, wanted, distill, shares)
+            parts["distill"] = distill_loss(states, wanted, distill, shares, look_up.maps)
             if distill.kl:
                 parts["kl"] = kl_loss(model, states, wanted["kl_values"], wanted["kl_ids"], distill.kl, shares)
         loss = sum(parts.values())

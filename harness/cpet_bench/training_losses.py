@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.nn import functional as F
@@ -79,22 +81,36 @@ def _among_tokens(model, hidden: torch.Tensor, documents: list[Document]) -> tor
     return F.cross_entropy(chosen, answers.to(scores.device), reduction="sum")
 
 
+def part_weights(settings: DistillSettings) -> dict[str, float]:
+    """Weight of each part's hidden states: `last` of decoder-only models, the encoder's and the decoder's of others."""
+    return {"last": settings.weight, "encoder": settings.encoder_weight, "decoder": settings.decoder_weight}
+
+
 def distill_weights(settings: DistillSettings, states: States) -> dict[str, float]:
-    """Weight of each part's hidden states: one for decoder-only models, the encoder's and the decoder's for others."""
-    named = {"last": settings.weight, "encoder": settings.encoder_weight, "decoder": settings.decoder_weight}
-    return {part: named[part] for part in states.layers}
+    """The weights of the parts that `states` has."""
+    return {part: part_weights(settings)[part] for part in states.layers}
 
 
-def distill_loss(states: States, teacher: dict[str, torch.Tensor], settings: DistillSettings, shares: Shares):
+def distill_loss(
+    states: States,
+    teacher: dict[str, torch.Tensor],
+    settings: DistillSettings,
+    shares: Shares,
+    maps: Mapping[str, torch.Tensor] = MappingProxyType({}),
+):
     """sum over parts of weight * MSE(student hidden, teacher hidden), over all real tokens of the right answers' rows.
 
     teacher: by part, (tokens x width), the documents one after the other as in `states`. CPET (arXiv 2307.07705) 3.3: one
     term on the last hidden state; its T5 code has two, 0.005 on the encoder's and 0.05 on the decoder's.
+
+    maps: by part, what takes the student's states to the teacher's width (teacher's x student's), where these differ.
     """
     total = states.hidden.new_zeros((), dtype=torch.float32)
     for part, weight in distill_weights(settings, states).items():
         if weight:
             student = distilled(states, part).float()
+            if part in maps:
+                student = F.linear(student, maps[part].to(student.device))
             wanted = teacher[part].to(student.device, torch.float32)
             total = total + weight * F.mse_loss(student, wanted, reduction="sum") / (shares.tokens[part] * student.shape[1])
     return total

@@ -16,8 +16,14 @@ from ..errors import StepFailed
 from ..settings import DistillSettings, TrainSettings
 from ..training_model import distilled, logits, run, scored, start_token
 from ..training_rows import Document, data_order, document
+from .projection import state_width
 
 BUDGET = 4 << 30  # bytes; above it the teacher runs alongside
+
+
+def same_tokens(student, teacher) -> bool:
+    """Whether two tokenizers give every token the same id, so that what one has read can be given to the model of the other."""
+    return student.get_vocab() == teacher.get_vocab()
 
 
 def feature_bytes(tokens: int, width: int, positions: int = 0, top_k: int = 0, item: int = 4) -> int:
@@ -124,6 +130,8 @@ class Kept:
             raise StepFailed("the teacher's features were made for other distillation settings")
         self._file = safe_open(Path(folder, "features.safetensors"), framework="pt")
         self._slices = {part: self._file.get_slice(part) for part in self.parts}
+        self.widths = {part: s.get_shape()[1] for part, s in self._slices.items() if not part.startswith("kl_")}
+        self.maps: dict[str, torch.nn.Parameter] = {}  # what a student of another width is compared through
         if settings.kl:
             k = self._slices["kl_ids"].get_shape()[1]
             self.top_k = min(k, settings.kl.top_k)
@@ -147,6 +155,9 @@ class Alongside:
 
     def __init__(self, teacher, settings: DistillSettings):
         self.teacher, self.settings = teacher.eval(), settings
+        parts = ("encoder", "decoder") if teacher.config.is_encoder_decoder else ("last",)
+        self.widths = dict.fromkeys(parts, state_width(teacher, settings.hidden))
+        self.maps: dict[str, torch.nn.Parameter] = {}
 
     def __call__(self, documents: list[Document]) -> dict[str, torch.Tensor]:
         found = states_of(self.teacher, documents, self.settings)

@@ -50,7 +50,8 @@ _TASKS = ("evaluation.tasks", "evaluation.task_files", "evaluation.encoding", "e
 _SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "generation"))
 _PASS = ("training_model", "training_rows", "models.arch")
 _TRAIN = ("training", "training_losses", "training_state", *_PASS)
-_TUNE = (*_TRAIN, "pet.methods", "pet.nola", "restoring.recover", "restoring.fairness")
+_MORE = ("restoring.inheriting", "restoring.projection")
+_TUNE = (*_TRAIN, "pet.methods", "pet.nola", "restoring.recover", "restoring.fairness", *_MORE)
 _METRICS = ("evaluation.metrics", "evaluation.intervals", "stats")
 _ALL = [
     _kind("model", 1, (), "models:run_model", "models.sources", "models.pypi", "models.tiny"),

@@ -199,12 +199,22 @@ def _write_losses(losses: list[dict], path: Path) -> None:
 
 
 def run_teacher(ctx: Context) -> dict:
-    """Hidden states of M + D (or C + D) over the documents training visits, computed once and kept."""
+    """Hidden states of M + D (or C + D, or another model's) over the documents training visits, computed once and kept.
+
+    Raises StepFailed where the teacher is another model and reads other tokens than the student.
+    """
     from ..deployment import deploy
     from ..evaluation.pairs import read_pairs
-    from ..restoring.distill import teacher_features
+    from ..models.loading import load_tokenizer
+    from ..restoring.distill import same_tokens, teacher_features
 
     s = ctx.settings
+    if "tokenizer" in ctx.inputs and not same_tokens(ctx.tokenizer(), load_tokenizer(ctx.inputs["model"])):
+        student, teacher = ctx.params["names"]["student"], ctx.params["names"]["teacher"]
+        raise StepFailed(
+            f"the tokenizers of {student} and of its teacher {teacher} differ, and hidden states are compared token by token: "
+            f"name a model with the tokenizer of {student}, or leave `teacher` out, and it is {student} itself with its D"
+        )
     kl = {"top_k": s["top_k"]} if s["top_k"] else None
     distill = DistillSettings.model_validate({"hidden": s["hidden"], "kl": kl})
     train = TrainSettings.model_validate(s["order"])
