@@ -231,9 +231,7 @@ class Planner:
         }
         params: dict[str, Any] = {"checkpoint_every": train.checkpoint_every}
         if restoring.inherit:
-            params["compressions"] = len(cell.compression)
-            if cell.pet.fields.get("use_dora") and any(narrows(c.name) for c in cell.compression):
-                needs["dense"] = self.model(cell)
+            needs |= self._cut(cell, params)
             if restoring.inherit.from_:
                 params |= {"base": str(self.base), "inherit": restoring.inherit.from_}
             else:
@@ -251,19 +249,26 @@ class Planner:
                 settings["distill"] = settings["distill"] | {"weight": chosen["weight"]}
         return settings, needs, params, max(1, train.steps * train.batch)
 
+    def _cut(self, cell: Cell, params: dict[str, Any]) -> dict[str, str]:
+        """What it takes to cut D as the cell's model was: the number of steps that did (to `params`), for DoRA M's weights."""
+        params["compressions"] = len(cell.compression)
+        dora = cell.pet.fields.get("use_dora") and any(narrows(c.name) for c in cell.compression)
+        return {"dense": self.model(cell)} if dora else {}
+
     def _teacher(self, cell: Cell, distill: DistillSettings) -> str:
         steps = cell.train.steps + (cell.dense.train.steps if cell.restoring.control == "longer" else 0)
         train = cell.train.model_copy(update={"steps": steps})
         if cell.teacher:
-            return self._features(cell.teacher, self.model(cell.teacher), distill, train, cell.dense)
-        model = self._compressed(cell) if distill.teacher == "compressed" else self.model(cell)
-        return self._features(cell.dense, model, distill, train)
+            return self._features(cell.teacher, self.model(cell.teacher), distill, train, cell)
+        if distill.teacher == "compressed":
+            return self._features(cell.dense, self._compressed(cell), distill, train, cell)
+        return self._features(cell.dense, self.model(cell), distill, train)
 
     @once("model", "pet", "task", "seed")
     def _features(
-        self, dense: Cell, model: str, distill: DistillSettings, train: TrainSettings, student: Cell | None = None
+        self, dense: Cell, model: str, distill: DistillSettings, train: TrainSettings, taught: Cell | None = None
     ) -> str:
-        """student: where it is another model's, the cell whose tokenizer reads the text."""
+        """taught: the cell that learns, where its teacher is not M + D but C + D, or another model."""
         settings = {
             "hidden": distill.hidden,
             "top_k": distill.kl.top_k if distill.kl else None,
@@ -273,12 +278,14 @@ class Planner:
         needs = {
             "model": model,
             "adapter": self._tune(dense),
-            "pairs": self._pairs(student or dense, train.documents, train.max_tokens),
+            "pairs": self._pairs(taught or dense, train.documents, train.max_tokens),
         }
         params: dict[str, Any] = {}
-        if student:
-            needs["tokenizer"] = self.model(student)
-            params["names"] = {"student": student.axes["model"], "teacher": dense.axes["model"]}
+        if taught and taught.teacher:
+            needs["tokenizer"] = self.model(taught)
+            params["names"] = {"student": taught.axes["model"], "teacher": dense.axes["model"]}
+        elif taught:
+            needs |= self._cut(taught, params)
         work = train.steps * train.batch
         return self.add("teacher", settings, needs, f"teacher of {self.name(dense)}", params=params, work=work)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compressed import compress as run_backend
 from compressed import documents
@@ -22,8 +22,9 @@ from cpet_bench.models import tiny
 from cpet_bench.models.loading import load_model
 from cpet_bench.models.widths import parts
 from cpet_bench.pet import methods
+from cpet_bench.restoring.cuts import read_cuts
 from cpet_bench.restoring.fairness import wider
-from cpet_bench.restoring.inheriting import cut_adapter, fits, read_cuts, start_of
+from cpet_bench.restoring.inheriting import cut_adapter, fits, start_of
 from cpet_bench.settings import PetSettings
 
 EXAMPLES = documents(6, longest=20)
@@ -204,6 +205,48 @@ def test_blocks_that_are_left_take_their_own_part(arch, drop, pet, folders, tmp_
     assert (found - answer(load_model(out))).abs().max() > 1e-3
     if len(set(map(len, kept.values()))) == 1 and pet is LORA:  # trained on here, PEFT still knows each layer by its name
         assert json.loads((tmp_path / "cut/adapter_config.json").read_text())["target_modules"] == sorted(EVERY[arch])
+
+
+def test_prefixes_of_the_blocks_that_are_left(folders, pruned, tmp_path):
+    """As PEFT itself puts them in front of each block's keys and values."""
+    from peft import PeftModel, PrefixTuningConfig, get_peft_model
+
+    def answer_with(model):
+        return model(input_ids=torch.arange(3, 51).view(4, 12)).logits
+
+    with torch.no_grad():
+        full = get_peft_model(load_model(folders / "llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        full.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+        full.save_pretrained(tmp_path / "d")
+        kept = run_backend(Depth, folders / "llama", tmp_path / "c", drop=[0, 2])["kept_blocks"]
+        cut(tmp_path / "c", tmp_path / "d", tmp_path / "cut")
+        with masked(full.base_model, "llama", {}, kept):
+            wanted = answer_with(full.eval())
+        short = load_model(tmp_path / "c")
+        plain = answer(short)
+        same(answer_with(PeftModel.from_pretrained(short, str(tmp_path / "cut")).eval()), wanted)
+        assert (wanted - plain).abs().max() > 1e-3
+    with pytest.raises(Unsupported, match="self_attn.q_proj lost heads; do not inherit"):
+        cut(pruned["llama"][0], tmp_path / "d", tmp_path / "cut")
+
+
+def test_coefficients_of_nola_go_with_their_layers(folders, pruned, tmp_path):
+    (tmp_path / "d").mkdir()
+    names = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(4) for kind in ("up", "down")]
+    given = {f"{n}.{c}": torch.randn(5) for n in names for c in ("alpha", "beta")}
+    save_file(given, tmp_path / "d/nola.safetensors")
+    settings = {"k": 5, "r": 2, "lora_alpha": 2, "seed": 3}
+    (tmp_path / "d/nola.json").write_text(json.dumps({"settings": settings, "layers": dict.fromkeys(names, [32, 48])}))
+    run_backend(Depth, folders / "llama", tmp_path / "c", drop=[1])
+    facts = cut(tmp_path / "c", tmp_path / "d", tmp_path / "cut")
+    assert facts == {"tensors": {"cut": 0, "renamed": 8, "gone": 4}, "parameters": [80, 60]}
+    found = load_file(tmp_path / "cut/nola.safetensors")
+    text = json.loads((tmp_path / "cut/nola.json").read_text())
+    assert text["settings"] == settings and set(text["layers"]) == {n.rpartition(".")[0] for n in found} and len(found) == 12
+    for here, there in enumerate((0, 2, 3)):
+        assert torch.equal(found[f"model.layers.{here}.mlp.up_proj.beta"], given[f"model.layers.{there}.mlp.up_proj.beta"])
+    with pytest.raises(Unsupported, match="random bases go with a layer's width, which model.layers.0.mlp.up_proj lost"):
+        cut(pruned["llama"][0], tmp_path / "d", tmp_path / "cut")
 
 
 CHAINS = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compression.notes import every_note
 from ..errors import StepFailed, Unsupported
+from .cuts import Cut, Cuts
 
 PREFIX = "base_model.model."
 REFUSED = "refused"
@@ -43,127 +42,6 @@ SLICES: dict[str, tuple[Any, Any]] = {
     "base_layer.bias": (0, None),
 }
 MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is left of a layer's outputs and inputs, as places in the dense layer (None: all).
-
-    runs: how many like runs the outputs are made of (3 where one layer makes q, k and v), each cut alike; outputs, of:
-    places in one run and its length, or of inputs; `of` is None where the compression did not note it.
-    """
-
-    outputs: tuple[int, ...] | None = None
-    inputs: tuple[int, ...] | None = None
-    runs: int = 1
-    of: int | None = None
-
-
-@dataclass
-class Cuts:
-    """blocks: by list of blocks, dense index → index here; before: how many the dense model has, where it was noted.
-    layers: by their names here, those that lost inputs or outputs."""
-
-    blocks: dict[str, dict[int, int]] = field(default_factory=dict)
-    before: dict[str, int] = field(default_factory=dict)
-    layers: dict[str, Cut] = field(default_factory=dict)
-
-    @property
-    def renames(self) -> bool:
-        """Whether some block is gone."""
-        return bool(self.blocks)
-
-    def renamed(self, name: str) -> str | None:
-        """The name here of a module or tensor of the dense model; None where its block is gone."""
-        for blocks, places in self.blocks.items():
-            if name.startswith(f"{blocks}."):
-                number, _, rest = name[len(blocks) + 1 :].partition(".")
-                if blocks in self.before and int(number) >= self.before[blocks]:
-                    raise StepFailed(f"it has {name}, and the dense model {self.before[blocks]} blocks in {blocks}")
-                return f"{blocks}.{places[int(number)]}.{rest}" if int(number) in places else None
-        return name
-
-    def layer(self, name: str) -> tuple[str, str] | None:
-        """The layer that a tensor of this name belongs to, and the rest of its name; None where that layer is whole."""
-        parts = name.split(".")
-        for i in range(len(parts) - 1, 0, -1):
-            if ".".join(parts[:i]) in self.layers:
-                return ".".join(parts[:i]), ".".join(parts[i:])
-        return None
-
-
-def read_cuts(model: nn.Module, folder: Path, steps: int) -> Cuts | None:
-    """What the last `steps` compressions took out of `model`, the model of `folder`; None where all of it is still there.
-
-    Raises StepFailed where the notes of the folder do not describe this model.
-    """
-    from ..models.arch import block_lists
-    from ..models.widths import parts
-
-    did: list[tuple[str, dict, dict]] = []  # what each did: blocks first, then groups within those left
-    for note in every_note(folder)[-steps:] if steps else []:
-        if note.get("kept_blocks"):
-            did.append(("blocks", note["kept_blocks"], note.get("blocks", {})))
-        if note.get("kept"):
-            did.append(("groups", note["kept"], note.get("groups", {})))
-    if not did:
-        return None
-    cuts = Cuts()
-    for blocks in block_lists(model) if any(kind == "blocks" for kind, *_ in did) else []:
-        places = list(range(len(model.get_submodule(blocks))))
-        for kind, kept, before in reversed(did):
-            if kind == "blocks" and blocks in kept:
-                places = _earlier(places, kept[blocks], blocks)
-                cuts.before |= {blocks: before[blocks]} if blocks in before else {}
-        cuts.blocks[blocks] = {dense: here for here, dense in enumerate(places)}
-    seen = set()
-    for part in parts(model, plain=False):
-        label, groups, of, touched = part.label, list(range(part.groups)), None, False
-        for number, (kind, kept, before) in reversed(list(enumerate(did))):
-            if kind == "blocks":
-                label = _name_before(label, kept)
-            elif label in kept:
-                groups, of, touched = _earlier(groups, kept[label], label), before.get(label), True
-                seen.add((number, label))
-        if touched and of != part.groups:
-            for layer, (starts, run) in part.rows.items():
-                kept = tuple(g * run + i for g in groups for i in range(run))
-                cuts.layers[f"{part.name}.{layer}"] = Cut(kept, None, len(starts), of and of * run)
-            cuts.layers[f"{part.name}.{part.reader}"] = Cut(None, tuple(part.inputs(groups)), 1, of and of * part.columns)
-    for number, (kind, kept, _) in enumerate(did):
-        later = [k for other, k, _ in did[number + 1 :] if other == "blocks"]
-        odd = [label for label in kept if kind == "groups" and (number, label) not in seen and not _gone(label, later)]
-        if odd:
-            raise StepFailed(f"the compression notes what it kept of {odd[0]}, which the compressed model does not have")
-    return cuts
-
-
-def _earlier(places: list[int], kept: list[int], what: str) -> list[int]:
-    """Where `places` in what was kept were before."""
-    if len(places) > len(kept):
-        raise StepFailed(f"the compression notes {len(kept)} groups kept of {what}, and the model has more")
-    return [kept[i] for i in places]
-
-
-def _name_before(name: str, kept: dict[str, list[int]]) -> str:
-    for blocks, indices in kept.items():
-        if name.startswith(f"{blocks}."):
-            number, _, rest = name[len(blocks) + 1 :].partition(".")
-            return f"{blocks}.{indices[int(number)]}.{rest}"
-    return name
-
-
-def _gone(label: str, later: list[dict[str, list[int]]]) -> bool:
-    """Whether one of the cuts of blocks that came later took the block of a part."""
-    for kept in later:
-        for blocks, indices in kept.items():
-            if label.startswith(f"{blocks}."):
-                number, _, rest = label[len(blocks) + 1 :].partition(".")
-                if int(number) not in indices:
-                    return True
-                label = f"{blocks}.{indices.index(int(number))}.{rest}"
-                break
-    return False
 
 
 def fits(model: nn.Module, folder: Path) -> bool:
@@ -208,6 +86,8 @@ def cut_adapter(folder: Path, model: nn.Module, cuts: Cuts, out: Path, dense: Pa
     """
     from safetensors.torch import load_file, save_file
 
+    if Path(folder, "nola.json").is_file():
+        return _cut_nola(Path(folder), cuts, Path(out))
     config = json.loads(Path(folder, "adapter_config.json").read_text())
     given = load_file(Path(folder, "adapter_model.safetensors"))
     written: dict[str, torch.Tensor] = {}
@@ -225,6 +105,9 @@ def cut_adapter(folder: Path, model: nn.Module, cuts: Cuts, out: Path, dense: Pa
             value = _cut(tensor, cuts.layers[layer], rest, f"{config.get('peft_type')}: {name}")
             if rest in MAGNITUDE and cuts.layers[layer].inputs is not None:
                 value = value * _norm_left(given, key, config, cuts.layers[layer], weights)
+        elif name == "prompt_embeddings" and config.get("peft_type") == "PREFIX_TUNING":
+            value, more = _cut_prefix(tensor, config, cuts)
+            config |= more
         counts["cut"] += value.shape != tensor.shape
         counts["renamed"] += here != name
         names[name] = here
@@ -264,6 +147,48 @@ def _cut(tensor: torch.Tensor, cut: Cut, rest: str, what: str) -> torch.Tensor:
         raise StepFailed(f"{what} has {tensor.shape[dim]} entries where the dense model has {wanted}")
     index = torch.tensor([run * length + i for run in range(cut.runs) for i in kept])
     return tensor.index_select(dim, index)
+
+
+def _cut_prefix(tensor: torch.Tensor, config: dict[str, Any], cuts: Cuts) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Prefix tuning's keys and values (virtual tokens x blocks 2 width) of the blocks that are left, and their number."""
+    heads = [name for name, cut in cuts.layers.items() if re.search(r"attn|attention", name, re.IGNORECASE)]
+    if heads or len(cuts.blocks) > 1:
+        why = f"{heads[0]} lost heads" if heads else "the model has two stacks of blocks"
+        raise Unsupported(f"prefix tuning's keys and values cannot be cut where {why}; do not inherit")
+    kept = [i for places in cuts.blocks.values() for i in sorted(places)]
+    if not kept:
+        return tensor, {}
+    before = config["num_layers"]
+    if max(kept) >= before or tensor.shape[1] % before:
+        raise StepFailed(f"its prefix is for {before} blocks, and the dense model has others: {sorted(cuts.before.values())}")
+    index = torch.tensor(kept)
+    return tensor.view(len(tensor), before, -1).index_select(1, index).flatten(1), {"num_layers": len(kept)}
+
+
+def _cut_nola(folder: Path, cuts: Cuts, out: Path) -> dict[str, Any]:
+    """NOLA's coefficients (`LAYER.alpha`, `LAYER.beta`) under the names that layers have now.
+
+    Raises Unsupported where a layer was cut: its random bases are drawn for its width, and have other values at another.
+    """
+    from safetensors.torch import load_file, save_file
+
+    saved, given = json.loads((folder / "nola.json").read_text()), load_file(folder / "nola.safetensors")
+    names = {was: here for was in saved["layers"] if (here := cuts.renamed(was))}
+    odd = [was for was, here in names.items() if here in cuts.layers]
+    if odd:
+        raise Unsupported(f"NOLA's random bases go with a layer's width, which {odd[0]} lost; leave it out of target_modules")
+    written, renamed = {}, 0
+    for key, tensor in given.items():
+        layer, _, coefficients = key.rpartition(".")
+        if layer in names:
+            written[f"{names[layer]}.{coefficients}"] = tensor
+            renamed += names[layer] != layer
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(written, out / "nola.safetensors", metadata={"format": "pt"})
+    saved["layers"] = {names[was]: shape for was, shape in saved["layers"].items() if was in names}
+    (out / "nola.json").write_text(json.dumps(saved, indent=1) + "\n")
+    sizes = [sum(t.numel() for t in tensors.values()) for tensors in (given, written)]
+    return {"tensors": {"cut": 0, "renamed": renamed, "gone": len(given) - len(written)}, "parameters": sizes}
 
 
 class Dense:

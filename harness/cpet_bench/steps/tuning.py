@@ -78,7 +78,6 @@ def _start(ctx: Context, model) -> tuple[Path | None, dict]:
 
     And facts, where it was cut: `inherited_cut` (see `inheriting.cut_adapter`).
     """
-    from ..restoring import inheriting
     from ..restoring.fairness import wider
 
     if "inherit" in ctx.inputs:
@@ -87,14 +86,9 @@ def _start(ctx: Context, model) -> tuple[Path | None, dict]:
         folder = _user_adapter(ctx)
     else:
         return None, {}
-    facts: dict[str, Any] = {}
-    cuts = inheriting.read_cuts(model, ctx.inputs["model"], ctx.params.get("compressions", 0))
-    if cuts:
-        own, out, dense = "inherit" not in ctx.inputs, ctx.scratch / "cut", ctx.inputs.get("dense")
-        shutil.rmtree(out, ignore_errors=True)
-        with _inheriting(ctx):
-            folder, cut = inheriting.start_of(folder, model, cuts, out, dense, own=own)
-        facts = {"inherited_cut": cut} if cut else {}
+    with _inheriting(ctx):
+        folder, cut = _cut(ctx, model, folder, own="inherit" not in ctx.inputs)
+    facts = {"inherited_cut": cut} if cut else {}
     control = ctx.settings.get("control")
     if control and control["control"] == "wider":
         extended = ctx.scratch / "wider"
@@ -102,6 +96,22 @@ def _start(ctx: Context, model) -> tuple[Path | None, dict]:
         wider(folder, target_parameters(model, control), extended)
         return extended, facts
     return folder, facts
+
+
+def _cut(ctx: Context, model, folder: Path, own: bool = False) -> tuple[Path, dict]:
+    """The adapter of `folder`, trained on the dense model, as it fits the step's model, and facts of what was cut (or none).
+
+    own: it is the user's.
+    """
+    from ..restoring.cuts import read_cuts
+    from ..restoring.inheriting import start_of
+
+    cuts = read_cuts(model, ctx.inputs["model"], ctx.params.get("compressions", 0))
+    if not cuts:
+        return folder, {}
+    out = ctx.scratch / "cut/adapter"
+    shutil.rmtree(out, ignore_errors=True)
+    return start_of(folder, model, cuts, out, ctx.inputs.get("dense"), own=own)
 
 
 @contextmanager
@@ -218,8 +228,10 @@ def run_teacher(ctx: Context) -> dict:
     kl = {"top_k": s["top_k"]} if s["top_k"] else None
     distill = DistillSettings.model_validate({"hidden": s["hidden"], "kl": kl})
     train = TrainSettings.model_validate(s["order"])
-    with ctx.model() as model, deploy(model, [ctx.inputs["adapter"]]) as teacher:
-        return teacher_features(teacher, read_pairs(ctx.inputs["pairs"]), distill, train, ctx.out, ctx.progress)
+    with ctx.model() as model:
+        folder, _ = _cut(ctx, model, ctx.inputs["adapter"] / "adapter")
+        with deploy(model, [folder.parent]) as teacher:
+            return teacher_features(teacher, read_pairs(ctx.inputs["pairs"]), distill, train, ctx.out, ctx.progress)
 
 
 def run_moments(ctx: Context) -> dict:
