@@ -240,6 +240,10 @@ class Planner:
             needs["init"] = self._compensation(cell, restoring.recover)
         if restoring.distill:
             needs["features"] = self._teacher(cell, restoring.distill)
+            if restoring.distill.layers == "all":  # the teacher itself as well, should its features be too many to be kept
+                needs |= self._cut(cell, params)
+                needs["teacher"] = self._compressed(cell) if restoring.distill.teacher == "compressed" else self.model(cell)
+                needs["teacher_adapter"] = self._tune(cell.dense)
         settings = self._tune_settings(cell)
         if chosen is not None:
             settings = dict(settings.value)
@@ -273,6 +277,7 @@ class Planner:
             "hidden": distill.hidden,
             "top_k": distill.kl.top_k if distill.kl else None,
             "order": {k: getattr(train, k) for k in ("steps", "batch", "documents", "order_seed", "max_tokens")},
+            **({"layers": distill.layers} if distill.layers != "last" else {}),
             **self.numeric,
         }
         needs = {

@@ -236,7 +236,8 @@ class DistillSettings(Settings):
     teacher: `dense` is M + D, `compressed` C + D (the Llama-2 script), {model: NAME} another model of the matrix with a D of
         its own.
     projection: `auto` learns a linear map of the student's states where the teacher's are of another width; `none` has none.
-    Encoder-decoder models have two weights.
+    layers: `all` adds what every block gives, relative to the teacher's (restoring/layerwise.py). Encoder-decoder models have
+        two weights.
     """
 
     weight: float = Field(1.0, ge=0, le=1e6)
@@ -245,13 +246,20 @@ class DistillSettings(Settings):
     hidden: Literal["last", "last_block_input"] = "last"
     teacher: Literal["dense", "compressed"] | OtherTeacher = "dense"
     projection: Literal["auto", "none"] = "auto"
+    layers: Literal["last", "all"] = "last"
     kl: KlSettings | None = None
+
+    @model_validator(mode="after")
+    def _blocks(self):
+        if self.layers == "all" and not isinstance(self.teacher, str):
+            raise ValueError("layers: all compares blocks, and another model has others; teacher can be dense or compressed")
+        return self
 
     @model_serializer(mode="wrap")
     def _plain(self, handler):
         """Without later settings that have their defaults, so that the keys of results from before them stay the same."""
         found = handler(self)
-        for name in ("projection",):
+        for name in ("projection", "layers"):
             if getattr(self, name) == type(self).model_fields[name].default:
                 found.pop(name, None)
         return found

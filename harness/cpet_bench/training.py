@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .errors import StepFailed, Stopping
+from .restoring.layerwise import blocks_loss, blocks_seen
 from .restoring.projection import named, projection_facts, projection_flops, projections
 from .settings import DistillSettings, TrainSettings
 from .training_cost import flops_of, peak_memory
@@ -47,6 +48,7 @@ def train(
     distill: DistillSettings | None = None,
     features: Path | None = None,
     teacher=None,
+    origins: dict[str, list[int]] | None = None,
     scratch: Path,
     progress: Callable[[int, int, str], None],
     should_stop: Callable[[], bool],
@@ -61,6 +63,7 @@ def train(
     Args:
         pairs: training documents (`evaluation.pairs.read_pairs`).
         features, teacher: what distillation compares with: kept features, or a model run alongside.
+        origins: with `layers: all` by part, which of the teacher's blocks each block came from, where some are gone.
         scratch: a checkpoint is kept here every `checkpoint_every` steps; a later call goes on from it, with the same result.
         should_stop: asked after each step.
         extra_steps: steps added to `settings.steps` (control `longer`).
@@ -82,6 +85,8 @@ def train(
     look_up = _teacher(distill, features, teacher)
     own = sum(p.numel() for p in trainable.values())
     maps = projections(model, distill, look_up.widths, seed) if distill else {}
+    if origins:
+        look_up.origins = origins
     if maps:
         look_up.maps = maps
         trainable |= named(maps)
@@ -203,12 +208,15 @@ def _passes(model, docs: list[Document], distill: DistillSettings | None, look_u
     total = {"loss": 0.0, "task": 0.0, "distill": None, "kl": None}
     real = padded = 0
     for group in split(docs, micro):
-        states = run(model, group, distill.hidden if distill else "last", want_layers=distill is not None)
+        with blocks_seen(model, active=distill is not None and distill.layers == "all") as seen:
+            states = run(model, group, distill.hidden if distill else "last", want_layers=distill is not None)
         task = task_loss(model, group, states, shares)
         parts = {"task": task}
         if distill:
             wanted = look_up(group)
             parts["distill"] = distill_loss(states, wanted, distill, shares, look_up.maps)
+            if seen:
+                parts["distill"] = parts["distill"] + blocks_loss(states, seen, wanted, distill, shares, look_up.origins)
             if distill.kl:
                 parts["kl"] = kl_loss(model, states, wanted["kl_values"], wanted["kl_ids"], distill.kl, shares)
         loss = sum(parts.values())

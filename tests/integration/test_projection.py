@@ -48,10 +48,10 @@ def tuned(folder, arch):
     return model
 
 
-def run(model, scratch, distill, *, stop=lambda: False, seed=0, **more):
+def run(model, scratch, distill, *, stop=lambda: False, seed=0, origins=None, **more):
     plain = {"steps": 1, "batch": 3, "warmup": 0, "weight_decay": 0, "clip": None, "checkpoint_every": 1}
     settings = TrainSettings(**plain | more)
-    how = {"scratch": scratch, "progress": lambda *a: None, "should_stop": stop, "seed": seed}
+    how = {"scratch": scratch, "progress": lambda *a: None, "should_stop": stop, "seed": seed, "origins": origins}
     return train(model, ROWS, settings, distill=distill, features=scratch.parent / "f", **how)
 
 

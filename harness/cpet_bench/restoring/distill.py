@@ -16,6 +16,7 @@ from ..errors import StepFailed
 from ..settings import DistillSettings, TrainSettings
 from ..training_model import distilled, logits, run, scored, start_token
 from ..training_rows import Document, data_order, document
+from .layerwise import block_states, blocks_seen, stacks
 from .projection import state_width
 
 BUDGET = 4 << 30  # bytes; above it the teacher runs alongside
@@ -44,6 +45,9 @@ def teacher_features(
     features.safetensors has `last` (tokens x width), or `encoder` and `decoder`; for `kl` also `kl_values` (fp32) and `kl_ids`
     (int32), (positions x k). features.json says at which rows each document stands.
 
+    With `layers: all` also `PART/BLOCK` for every block; where all of it would be more than BUDGET nothing is kept, and
+    features.json says that the teacher is to run `alongside`.
+
     Returns: facts: documents, tokens, bytes, dtype.
     """
     from safetensors.torch import save_file
@@ -51,6 +55,10 @@ def teacher_features(
     visited = sorted({i for step in data_order(len(pairs), train) for i in step})
     start = start_token(model)
     documents = [document(i, pairs[i], train.max_tokens, start) for i in visited]
+    if settings.layers == "all" and (size := kept_bytes(model, documents, settings)) > BUDGET:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        Path(out, "features.json").write_text(json.dumps({"schema": 1, "alongside": True, "bytes": size}) + "\n")
+        return {"documents": len(visited), "alongside": True, "bytes_of_features": size}
     found: dict[int, dict[str, torch.Tensor]] = {}
     was_training = model.training
     model.eval()
@@ -83,6 +91,24 @@ def teacher_features(
     }
 
 
+def kept_bytes(model, documents: list[Document], settings: DistillSettings) -> int:
+    """Bytes that the features of `documents` take, in the number format of `model`."""
+    names, both = stacks(model), model.config.is_encoder_decoder
+    total = 0
+    for part, name in names.items():
+        tokens = sum(len(d.distilled.encoder if part == "encoder" else d.distilled.ids) for d in documents)
+        layers = 1 + (len(model.get_submodule(name)) if settings.layers == "all" else 0)
+        width = model.config.hidden_size if both else state_width(model, settings.hidden)
+        total += layers * feature_bytes(tokens, width, item=model.dtype.itemsize)
+    top = settings.kl.top_k if settings.kl else 0
+    return total + feature_bytes(0, 0, sum(len(d.distilled.places) for d in documents), top)
+
+
+def alongside(folder: Path) -> bool:
+    """Whether the teacher's features were too many to be kept, and it is to run beside the training."""
+    return json.loads(Path(folder, "features.json").read_text()).get("alongside", False)
+
+
 def batches(documents: Sequence[Document], tokens: int = 1024) -> list[list[Document]]:
     """Documents of like length together, at most about `tokens` padded tokens a batch."""
     order = sorted(documents, key=lambda d: (-d.length, d.index))
@@ -99,7 +125,8 @@ def batches(documents: Sequence[Document], tokens: int = 1024) -> list[list[Docu
 def states_of(model, documents: list[Document], settings: DistillSettings) -> dict[int, dict[str, torch.Tensor]]:
     """By document index: hidden states (tokens x width) by part, and with `kl` the top-k logits; on the CPU."""
     alone = [Document(d.index, d.kind, (d.distilled,), d.choices, d.answer) for d in documents]
-    states = run(model, alone, settings.hidden)
+    with blocks_seen(model, active=settings.layers == "all") as seen:
+        states = run(model, alone, settings.hidden)
     found: dict[int, dict[str, torch.Tensor]] = {d.index: {} for d in alone}
 
     def share_out(name: str, values: torch.Tensor, lengths: list[int]) -> None:
@@ -109,6 +136,8 @@ def states_of(model, documents: list[Document], settings: DistillSettings) -> di
     for part in states.layers:
         lengths = [len(d.distilled.encoder if part == "encoder" else d.distilled.ids) for d in alone]
         share_out(part, distilled(states, part), lengths)
+        for name, values in block_states(states, {part: seen.get(part, [])}).items():
+            share_out(name, values, lengths)
     if settings.kl:
         lengths = [len(d.distilled.places) for d in alone]
         every = logits(model, scored(states))
@@ -126,12 +155,15 @@ class Kept:
 
         text = json.loads(Path(folder, "features.json").read_text())
         self.where, self.parts = text["documents"], text["parts"]
-        if text["hidden"] != settings.hidden or (settings.kl and "kl_ids" not in self.parts):
+        blocks = any("/" in part for part in self.parts)
+        other = text["hidden"] != settings.hidden or blocks != (settings.layers == "all")
+        if other or (settings.kl and "kl_ids" not in self.parts):
             raise StepFailed("the teacher's features were made for other distillation settings")
         self._file = safe_open(Path(folder, "features.safetensors"), framework="pt")
         self._slices = {part: self._file.get_slice(part) for part in self.parts}
         self.widths = {part: s.get_shape()[1] for part, s in self._slices.items() if not part.startswith("kl_")}
         self.maps: dict[str, torch.nn.Parameter] = {}  # what a student of another width is compared through
+        self.origins: dict[str, list[int]] = {}  # by part, which of the teacher's blocks each of the student's came from
         if settings.kl:
             k = self._slices["kl_ids"].get_shape()[1]
             self.top_k = min(k, settings.kl.top_k)
@@ -158,6 +190,7 @@ class Alongside:
         parts = ("encoder", "decoder") if teacher.config.is_encoder_decoder else ("last",)
         self.widths = dict.fromkeys(parts, state_width(teacher, settings.hidden))
         self.maps: dict[str, torch.nn.Parameter] = {}
+        self.origins: dict[str, list[int]] = {}
 
     def __call__(self, documents: list[Document]) -> dict[str, torch.Tensor]:
         found = states_of(self.teacher, documents, self.settings)

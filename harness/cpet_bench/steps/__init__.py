@@ -50,7 +50,7 @@ _TASKS = ("evaluation.tasks", "evaluation.task_files", "evaluation.encoding", "e
 _SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "generation"))
 _PASS = ("training_model", "training_rows", "models.arch")
 _TRAIN = ("training", "training_losses", "training_state", *_PASS)
-_MORE = ("restoring.cuts", "restoring.inheriting", "restoring.projection")
+_MORE = ("restoring.cuts", "restoring.inheriting", "restoring.projection", "restoring.layerwise")
 _TUNE = (*_TRAIN, "pet.methods", "pet.nola", "restoring.recover", "restoring.fairness", *_MORE)
 _METRICS = ("evaluation.metrics", "evaluation.intervals", "stats")
 _ALL = [
@@ -58,7 +58,9 @@ _ALL = [
     _kind("compress", 1, TORCH, "models:run_compress", "models.loading", "models.arch", "models.routers", "compression.masks"),
     _kind("pairs", 1, _TEXT, "data:run_pairs", "evaluation.pairs", *_TASKS),
     _kind("requests", 1, _TEXT, "data:run_requests", *_TASKS),
-    _kind("teacher", 1, (*TORCH, "peft"), "tuning:run_teacher", "restoring.distill", "deployment", *_PASS),
+    _kind(
+        "teacher", 1, (*TORCH, "peft"), "tuning:run_teacher", "restoring.distill", "restoring.layerwise", "deployment", *_PASS
+    ),
     _kind("moments", 1, TORCH, "tuning:run_moments", "restoring.compensate", "models.passes", "models.arch"),
     _kind("compensation", 1, TORCH, "tuning:run_compensation", "restoring.compensate", "models.arch"),
     _kind("tune", 1, (*TORCH, "peft", "bitsandbytes"), "tuning:run_tune", *_TUNE),

@@ -168,18 +168,19 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     count = trainable_count(model)
     facts: dict[str, Any] = {"steps": 0, "documents": 0, "tokens": 0, "flops": 0, "losses": [], "seconds": 0.0}
     if settings.steps + extra:
-        facts = train(
-            model,
-            read_pairs(ctx.inputs["pairs"]),
-            settings,
-            distill=distill,
-            features=ctx.inputs.get("features"),
-            scratch=ctx.scratch,
-            progress=ctx.progress,
-            should_stop=ctx.should_stop,
-            extra_steps=extra,
-            seed=s["seed"],
-        )
+        with _taught_by(ctx, model, distill) as teacher:
+            facts = train(
+                model,
+                read_pairs(ctx.inputs["pairs"]),
+                settings,
+                distill=distill,
+                **teacher,
+                scratch=ctx.scratch,
+                progress=ctx.progress,
+                should_stop=ctx.should_stop,
+                extra_steps=extra,
+                seed=s["seed"],
+            )
     methods.save(model, ctx.out / "adapter")
     parts = {s["pet"]["method"]: count}
     if recovery:
@@ -198,6 +199,32 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     if selection:
         facts["selection"] = selection
     return facts
+
+
+@contextmanager
+def _taught_by(ctx: Context, model, distill: DistillSettings | None):
+    """Arguments of `train` that say what distillation compares with: kept features, or the teacher run alongside."""
+    from ..deployment import deploy
+    from ..restoring import distill as distillation
+    from ..restoring.cuts import read_cuts
+    from ..restoring.layerwise import stacks
+
+    features = ctx.inputs.get("features")
+    if distill is None or distill.layers == "last":
+        yield {"features": features}
+        return
+    itself = distill.teacher == "compressed"
+    cuts = None if itself else read_cuts(model, ctx.inputs["model"], ctx.params["compressions"])
+    blocks = {part: sorted(cuts.blocks[name]) for part, name in stacks(model).items()} if cuts and cuts.renames else None
+    if not distillation.alongside(features):
+        yield {"features": features, "origins": blocks}
+        return
+    with ctx.model("teacher") as other:
+        folder = ctx.inputs["teacher_adapter"] / "adapter"
+        if itself:
+            folder, _ = _cut(ctx, other, folder)
+        with deploy(other, [folder.parent]) as teacher:
+            yield {"teacher": teacher, "origins": blocks}
 
 
 def _write_losses(losses: list[dict], path: Path) -> None:
@@ -226,7 +253,7 @@ def run_teacher(ctx: Context) -> dict:
             f"name a model with the tokenizer of {student}, or leave `teacher` out, and it is {student} itself with its D"
         )
     kl = {"top_k": s["top_k"]} if s["top_k"] else None
-    distill = DistillSettings.model_validate({"hidden": s["hidden"], "kl": kl})
+    distill = DistillSettings.model_validate({"hidden": s["hidden"], "kl": kl, "layers": s.get("layers", "last")})
     train = TrainSettings.model_validate(s["order"])
     with ctx.model() as model:
         folder, _ = _cut(ctx, model, ctx.inputs["adapter"] / "adapter")
