@@ -442,12 +442,15 @@ def test_through_the_command_line(cli):
             "task:\n  smoke_sentiment: {include: SMOKE, limit: 20}\n"
             "train: {steps: 4, batch: 4, documents: 32}\nprobes: {throughput: false, memory: false}\n"
             "include:\n  - {compression: narrow, restoring: [transfer, wider, theirs]}\n"
-            "  - {compression: short, restoring: [transfer]}\n"
+            "  - {compression: short, restoring: [transfer, theirs]}\n"
             "exclude: [{pet: none}]\n".replace("SMOKE", str(SMOKE.parent / "smoke_task"))
         ),
     )
     found = {(r["axes"]["compression"], r["axes"]["restoring"]): r for r in cli.records("cuts").values()}
     assert done.returncode == 4, done.stderr
+    shallow = found.pop(("short", "theirs"))["reason"]["message"]  # its blocks are there, its widths are others
+    assert "inherit from local:theirs: The adapter does not fit this model: other shapes" in shallow
+    assert "write inherit: true" in shallow
     wrong = found.pop(("narrow", "theirs"))
     assert wrong["status"] == "failed" and "inherit from local:theirs" in wrong["reason"]["message"]
     assert "has 96 entries where the dense model has 128" in wrong["reason"]["message"]
