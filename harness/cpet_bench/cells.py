@@ -86,11 +86,16 @@ class Cell:
         """The matrix's `train`, then the task's own, the PET method's own, and (but for D) the restoring's own."""
         changes: dict[str, Any] = {}
         if self.pet is not None:
-            changes |= self.task.train.model_dump(exclude_unset=True)
-            changes |= self.pet.train.model_dump(exclude_unset=True)
+            changes |= self.task.train.changes
+            changes |= self.pet.train.changes
             if not self.is_dense:
-                changes |= self.restoring.train.model_dump(exclude_unset=True)
-        return self.matrix.train.model_copy(update=changes) if changes else self.matrix.train
+                changes |= self.restoring.train.changes
+        found = self.matrix.train.model_copy(update=changes) if changes else self.matrix.train
+        if found.early_stop and found.early_stop.documents >= found.documents:
+            held, all_ = found.early_stop.documents, found.documents
+            message = f"{held} documents are held out of the {all_} there are (train.documents): nothing is left to train on"
+            raise self.matrix.place(InputError(message), "train", "early_stop", "documents")
+        return found
 
     @cached_property
     def select(self) -> SelectSettings | None:

@@ -251,7 +251,7 @@ class Planner:
             settings["train"] |= {"lr": chosen["lr"]} if "lr" in chosen else {}
             if "weight" in chosen:
                 settings["distill"] = settings["distill"] | {"weight": chosen["weight"]}
-        return settings, needs, params, max(1, train.steps * train.batch)
+        return settings, needs, params, max(1, train.work)
 
     def _cut(self, cell: Cell, params: dict[str, Any]) -> dict[str, str]:
         """What it takes to cut D as the cell's model was: the number of steps that did (to `params`), for DoRA M's weights."""
@@ -276,7 +276,7 @@ class Planner:
         settings = {
             "hidden": distill.hidden,
             "top_k": distill.kl.top_k if distill.kl else None,
-            "order": {k: getattr(train, k) for k in ("steps", "batch", "documents", "order_seed", "max_tokens")},
+            "order": order_settings(train),
             **({"layers": distill.layers} if distill.layers != "last" else {}),
             **self.numeric,
         }
@@ -291,8 +291,7 @@ class Planner:
             params["names"] = {"student": taught.axes["model"], "teacher": dense.axes["model"]}
         elif taught:
             needs |= self._cut(taught, params)
-        work = train.steps * train.batch
-        return self.add("teacher", settings, needs, f"teacher of {self.name(dense)}", params=params, work=work)
+        return self.add("teacher", settings, needs, f"teacher of {self.name(dense)}", params=params, work=train.work)
 
     @once("model", "compression", "task")
     def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
@@ -379,6 +378,16 @@ def control_settings(cell: Cell) -> dict[str, Any]:
     }
     if cell.restoring.control == "longer":
         found["extra_steps"] = cell.dense.train.steps
+    return found
+
+
+def order_settings(train: TrainSettings) -> dict[str, Any]:
+    """What of the training settings says which documents are visited."""
+    found = {k: getattr(train, k) for k in ("steps", "batch", "documents", "order_seed", "max_tokens")}
+    if train.batch_tokens:
+        found["batch_tokens"] = train.batch_tokens
+    if train.early_stop:
+        found["early_stop"] = {"documents": train.early_stop.documents}
     return found
 
 

@@ -11,6 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
+from .settings_base import Natural, Positive, Rate, Settings, switched
+from .settings_base import Share as Share
+from .settings_training import TrainOverride
+from .settings_training import TrainSettings as TrainSettings
+
 _UNITS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1, "": 1}
 
 
@@ -22,18 +27,6 @@ def seconds_of(value: Any) -> float:
     if "".join(n + unit for n, unit in parts) != text or not 0 < found <= 31_536_000:
         raise ValueError(f"{text!r} is no time; write one as 90s, 30min, 2h or 1h30min")
     return found
-
-
-class Settings(BaseModel):
-    """Closed and immutable: an unknown key is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
-
-
-Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Natural = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Rate = Annotated[float, Field(gt=0, le=10)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class ModelSettings(Settings):
@@ -86,58 +79,6 @@ class CalibrationSettings(Settings):
     seed: Natural = 0
 
 
-class TrainSettings(Settings):
-    """The one training loop. Defaults are the prototype's recipe for LoRA on a 135 M model.
-
-    documents: training documents used (the first in hash order); batch: documents per optimiser step;
-    micro_batch: documents per forward pass (None: as many as `batch`, fewer after running out of memory).
-    order_seed: seed of the data order, shared by all seeds of the matrix.
-    """
-
-    steps: Natural = 40
-    batch: Positive = 16
-    micro_batch: Positive | None = None
-    documents: Positive = 1000
-    lr: Rate = 1e-3
-    weight_decay: float = Field(1e-2, ge=0, le=10)
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup: Natural = 8
-    schedule: Literal["linear", "cosine", "noam", "constant"] = "linear"
-    clip: float | None = Field(1.0, gt=0, le=1e6)
-    max_tokens: Positive = 512
-    order_seed: Natural = 0
-    checkpoint_every: Positive = 10
-    gradient_checkpointing: bool = False
-
-
-class TrainOverride(Settings):
-    """Any part of TrainSettings; what is not named stays as the matrix's shared `train` has it."""
-
-    steps: Natural | None = None
-    batch: Positive | None = None
-    micro_batch: Positive | None = None
-    documents: Positive | None = None
-    lr: Rate | None = None
-    weight_decay: float | None = Field(None, ge=0, le=10)
-    betas: tuple[float, float] | None = None
-    warmup: Natural | None = None
-    schedule: Literal["linear", "cosine", "noam", "constant"] | None = None
-    clip: float | None = Field(None, gt=0, le=1e6)
-    max_tokens: Positive | None = None
-    order_seed: Natural | None = None
-    checkpoint_every: Positive | None = None
-    gradient_checkpointing: bool | None = None
-
-
-def _switch(value):
-    """`true` stands for the part with its defaults, `false` and `null` for no such part."""
-    return {} if value is True else None if value is False else value
-
-
-def _switched(cls: type[Settings]) -> Any:
-    return Annotated[cls | None, BeforeValidator(_switch, json_schema_input_type=cls | bool | None)]
-
-
 class SelectSettings(Settings):
     """Learning rates to choose from: each is trained at the matrix's first seed and scored on validation documents.
 
@@ -173,7 +114,7 @@ class PetSettings(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
     method: str
     train: TrainOverride = TrainOverride()
-    select: _switched(SelectSettings) = None
+    select: switched(SelectSettings) = None
 
     _rate = model_validator(mode="after")(_one_rate)
 
@@ -276,14 +217,14 @@ class RestoringSettings(Settings):
         trained by the matrix's `train` and its PET method's, whatever restoring it stands under.
     """
 
-    inherit: _switched(InheritSettings) = None
-    recover: _switched(RecoverSettings) = None
-    distill: _switched(DistillSettings) = None
+    inherit: switched(InheritSettings) = None
+    recover: switched(RecoverSettings) = None
+    distill: switched(DistillSettings) = None
     control: Literal["matched", "wider", "longer"] | None = None
     ablate: bool = False
     of: str | None = Field(None, description="the restoring (by its name in the matrix) that a control is matched to")
     train: TrainOverride = TrainOverride()
-    select: _switched(SelectSettings) = None
+    select: switched(SelectSettings) = None
 
     _rate = model_validator(mode="after")(_one_rate)
 
@@ -358,7 +299,7 @@ class ThroughputSettings(Settings):
 class ProbeSettings(Settings):
     """What is measured of a deployment besides quality. `memory`: resident and stored bytes, peaks, load time."""
 
-    throughput: _switched(ThroughputSettings) = ThroughputSettings()
+    throughput: switched(ThroughputSettings) = ThroughputSettings()
     memory: bool = True
 
 

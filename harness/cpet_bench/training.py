@@ -14,10 +14,12 @@ from .restoring.layerwise import blocks_loss, blocks_seen
 from .restoring.projection import named, projection_facts, projection_flops, projections
 from .settings import DistillSettings, TrainSettings
 from .training_cost import flops_of, peak_memory
-from .training_losses import Shares, distill_loss, kl_loss, task_loss
+from .training_losses import Shares, distill_terms, kl_loss, task_loss
 from .training_model import run, start_token
-from .training_rows import Document, data_order, document, split
-from .training_state import Proof, fingerprint, load_checkpoint, save_checkpoint, unreachable
+from .training_rows import Document, data_order, split, visits
+from .training_scale import LossScale, loss_scale
+from .training_state import DEAD_BASE, Proof, best_weights, fingerprint, load_checkpoint, save_checkpoint, unreachable
+from .training_stopping import EarlyStop
 
 __all__ = ["data_order", "learning_rate", "train"]
 
@@ -68,11 +70,15 @@ def train(
         should_stop: asked after each step.
         extra_steps: steps added to `settings.steps` (control `longer`).
         seed: of dropout, where the model or its modules have any.
-    Returns: losses (a list of step, loss, task, distill, kl, lr, grad_norm, seconds), steps, documents, tokens,
-        padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch, unreachable; where there
+    Returns: losses (a list of step, loss, task, distill, kl, lr, grad_norm, seconds; of an encoder-decoder model also
+        distill_encoder and distill_decoder; with early stop validation, None where it was not due), steps (done),
+        documents, tokens, padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch, unreachable;
+        with early stop and batch_tokens early_stop and batches; loss_scale where the base computes in float16; where there
         were maps, projection (widths by part) and projection_parameters.
     Raises:
         StepFailed: a loss or gradient is not finite, a tensor learned nothing, or memory does not suffice for one document.
+        InputError: early stop holds out all the documents there are.
+        Unsupported: a trainable tensor is in float16.
         Stopping: `should_stop()` said so; the checkpoint is written.
     """
     settings = settings.model_copy(update={"steps": settings.steps + extra_steps})
@@ -80,8 +86,7 @@ def train(
     if not trainable:
         raise StepFailed("nothing to train: no parameter requires a gradient")
     start_id = start_token(model)
-    order = data_order(len(pairs), settings) if settings.steps else []
-    documents = {i: document(i, pairs[i], settings.max_tokens, start_id) for step in order for i in step}
+    order, documents = visits(pairs, settings, start_id)
     look_up = _teacher(distill, features, teacher)
     own = sum(p.numel() for p in trainable.values())
     maps = projections(model, distill, look_up.widths, seed) if distill else {}
@@ -104,7 +109,12 @@ def train(
     else:
         start = {name: p.detach().clone() for name, p in trainable.items()}
         state = {"fingerprint": print_, "step": 0, "losses": [], "unseen": None, "tokens": 0, "padded": 0, "seconds": 0.0}
-        state["micro"] = min(settings.micro_batch or settings.batch, settings.batch)
+        largest = max(map(len, order), default=1)
+        state["micro"] = min(settings.micro_batch or largest, largest)
+    scale = loss_scale(model, trainable, state.get("scale"))
+    stopper = EarlyStop(pairs, settings, start_id, state.get("early_stop")) if settings.early_stop and order else None
+    if stopper and resumed:
+        stopper.best = best_weights(path)
     longest = max((len(r.ids) for d in documents.values() for r in d.rows), default=0)
     proof = Proof(trainable, unreachable(model, trainable, longest), state["unseen"])
 
@@ -117,18 +127,29 @@ def train(
     try:
         with torch.random.fork_rng(devices=cuda):
             for number in range(state["step"], settings.steps):
+                if stopper and stopper.done:
+                    break
                 began = time.perf_counter()
-                torch.manual_seed(seed * 1_000_003 + number)  # dropout: the same whether or not the training was interrupted
                 rate = learning_rate(number, settings.steps, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 docs = [documents[i] for i in order[number]]
-                losses, state["micro"] = _backward(model, docs, settings, distill, look_up, state["micro"], optimizer)
+                while True:
+                    torch.manual_seed(seed * 1_000_003 + number)  # dropout: the same whether or not it was interrupted
+                    losses, state["micro"] = _backward(model, docs, distill, look_up, state["micro"], optimizer, scale)
+                    if scale is None or not math.isfinite(losses["loss"]) or scale.unscale(trainable):
+                        break
+                    optimizer.zero_grad(set_to_none=True)
                 proof.look(number + 1)
                 norm = _clip(trainable, settings.clip)
                 _finite(losses, norm, number + 1, proof)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                if stopper:
+                    losses["validation"] = stopper.look(model, trainable, number + 1, state["micro"])
+                    state["early_stop"] = stopper.state
+                if scale:
+                    state["scale"] = scale.state
                 seconds = time.perf_counter() - began
                 tokens = losses.pop("tokens")
                 state["tokens"] += tokens[0]
@@ -141,7 +162,7 @@ def train(
                 progress(number + 1, settings.steps, f"loss {losses['loss']:.3f}")
                 stop = number + 1 < settings.steps and should_stop()
                 if stop or (number + 1) % settings.checkpoint_every == 0:
-                    save_checkpoint(path, trainable, start, optimizer, state)
+                    save_checkpoint(path, trainable, start, optimizer, state, stopper.best if stopper else None)
                 if stop:
                     raise Stopping(f"stopped after step {number + 1} of {settings.steps}")
     finally:
@@ -150,11 +171,14 @@ def train(
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
         model.train(was_training)
-    never = proof.finish(settings.steps, start) if settings.steps else []
-    read = [documents[i] for step in order for i in step]
-    return {
+    done = state["step"]
+    never = proof.finish(done, start) if done else []
+    if stopper:
+        stopper.restore(trainable)
+    read = [documents[i] for step in order[:done] for i in step]
+    facts = {
         "losses": state["losses"],
-        "steps": settings.steps,
+        "steps": done,
         "documents": len(read),
         "tokens": state["tokens"],
         "padded_tokens": state["padded"],
@@ -166,6 +190,14 @@ def train(
         "micro_batch": state["micro"],
         "unreachable": never,
     }
+    if stopper:
+        facts["early_stop"] = stopper.facts(done)
+    if settings.batch_tokens and done:
+        sizes = [len(step) for step in order[:done]]
+        facts["batches"] = {"tokens": settings.batch_tokens, "documents": [min(sizes), max(sizes)]}
+    if scale:
+        facts["loss_scale"] = scale.scale
+    return facts
 
 
 def _teacher(distill: DistillSettings | None, features: Path | None, teacher):
@@ -180,11 +212,11 @@ def _teacher(distill: DistillSettings | None, features: Path | None, teacher):
     return Alongside(teacher, distill)
 
 
-def _backward(model, docs: list[Document], settings, distill, look_up, micro: int, optimizer) -> tuple[dict, int]:
+def _backward(model, docs: list[Document], distill, look_up, micro: int, optimizer, scale) -> tuple[dict, int]:
     """Gradients of one step; after running out of memory again with half as many documents per pass."""
     while True:
         try:
-            return _passes(model, docs, distill, look_up, micro), micro
+            return _passes(model, docs, distill, look_up, micro, scale), micro
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -203,7 +235,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
 
 
-def _passes(model, docs: list[Document], distill: DistillSettings | None, look_up, micro: int) -> dict:
+def _passes(model, docs: list[Document], distill: DistillSettings | None, look_up, micro: int, scale: LossScale | None) -> dict:
     shares = Shares.of(docs)
     total = {"loss": 0.0, "task": 0.0, "distill": None, "kl": None}
     real = padded = 0
@@ -214,17 +246,19 @@ def _passes(model, docs: list[Document], distill: DistillSettings | None, look_u
         parts = {"task": task}
         if distill:
             wanted = look_up(group)
-            parts["distill"] = distill_loss(states, wanted, distill, shares, look_up.maps)
+            terms = distill_terms(states, wanted, distill, shares, look_up.maps)
+            parts["distill"] = sum(terms.values(), states.hidden.new_zeros((), dtype=torch.float32))
+            if len(states.layers) > 1:
+                for part, value in terms.items():
+                    total[f"distill_{part}"] = total.get(f"distill_{part}", 0.0) + float(value.detach())
             if seen:
                 parts["distill"] = parts["distill"] + blocks_loss(states, seen, wanted, distill, shares, look_up.origins)
             if distill.kl:
                 parts["kl"] = kl_loss(model, states, wanted["kl_values"], wanted["kl_ids"], distill.kl, shares)
         loss = sum(parts.values())
         if not loss.requires_grad:
-            from .training_state import DEAD_BASE
-
             raise StepFailed(DEAD_BASE)
-        loss.backward()
+        (loss * scale.scale if scale else loss).backward()
         for name, value in parts.items():
             total[name] = (total[name] or 0.0) + float(value.detach())
         total["loss"] += float(loss.detach())
@@ -242,6 +276,7 @@ def _clip(trainable: dict[str, torch.nn.Parameter], limit: float | None) -> floa
 def _finite(losses: dict, norm: float, step: int, proof: Proof) -> None:
     if not math.isfinite(losses["loss"]):
         shown = {k: v for k, v in losses.items() if k != "tokens" and v is not None}
+
         raise StepFailed(f"the loss is not finite at step {step}: {shown}; a lower learning rate may help")
     if not math.isfinite(norm):
         bad = proof.not_finite()

@@ -91,29 +91,29 @@ def distill_weights(settings: DistillSettings, states: States) -> dict[str, floa
     return {part: part_weights(settings)[part] for part in states.layers}
 
 
-def distill_loss(
+def distill_terms(
     states: States,
     teacher: dict[str, torch.Tensor],
     settings: DistillSettings,
     shares: Shares,
     maps: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ):
-    """sum over parts of weight * MSE(student hidden, teacher hidden), over all real tokens of the right answers' rows.
+    """By part of the model, weight * MSE(student hidden, teacher hidden), over all real tokens of the right answers' rows.
 
     teacher: by part, (tokens x width), the documents one after the other as in `states`. CPET (arXiv 2307.07705) 3.3: one
-    term on the last hidden state; its T5 code has two, 0.005 on the encoder's and 0.05 on the decoder's.
+    term on the last hidden state; its T5 code has two, 0.005 on the encoder's and 0.05 on the decoder's. Scalars in fp32.
 
     maps: by part, what takes the student's states to the teacher's width (teacher's x student's), where these differ.
     """
-    total = states.hidden.new_zeros((), dtype=torch.float32)
+    found: dict[str, torch.Tensor] = {}
     for part, weight in distill_weights(settings, states).items():
         if weight:
             student = distilled(states, part).float()
             if part in maps:
                 student = F.linear(student, maps[part].to(student.device))
             wanted = teacher[part].to(student.device, torch.float32)
-            total = total + weight * F.mse_loss(student, wanted, reduction="sum") / (shares.tokens[part] * student.shape[1])
-    return total
+            found[part] = weight * F.mse_loss(student, wanted, reduction="sum") / (shares.tokens[part] * student.shape[1])
+    return found
 
 
 def kl_loss(model, states: States, values: torch.Tensor, ids: torch.Tensor, settings: KlSettings, shares: Shares):

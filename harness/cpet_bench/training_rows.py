@@ -10,7 +10,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from .errors import InputError
 from .settings import TrainSettings
+
+POOL = 16  # batches by tokens are cut from about so many batches' worth of shuffled documents, sorted by length
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,39 @@ class Document:
         return next(r for r in self.rows if r.gold)
 
 
+def trained_on(n_docs: int, train: TrainSettings) -> int:
+    """How many documents are trained on: the first of min(n_docs, train.documents), but for those that early stop holds out.
+
+    Raises InputError where none is left.
+    """
+    n = min(n_docs, train.documents)
+    if train.early_stop and train.early_stop.documents >= n:
+        message = f"{train.early_stop.documents} of the {n} training documents are to be held out: nothing is left to train on"
+        raise InputError(f"{message}; hold out fewer, or give more training data", key="train.early_stop.documents")
+    return n - (train.early_stop.documents if train.early_stop else 0)
+
+
+def visits(pairs: list[dict], train: TrainSettings, start: int | None) -> tuple[list[list[int]], dict[int, Document]]:
+    """The documents of each step by their indices, and the rows of all that are visited. The same for every seed and cell.
+
+    start: the decoder's first token, for encoder-decoder models; None for decoder-only ones.
+    """
+    if not train.steps:
+        return [], {}
+    if train.batch_tokens:
+        every = [document(i, pairs[i], train.max_tokens, start) for i in range(trained_on(len(pairs), train))]
+        order = token_order(every, train)
+        return order, {i: every[i] for step in order for i in step}
+    order = data_order(len(pairs), train)
+    return order, {i: document(i, pairs[i], train.max_tokens, start) for step in order for i in step}
+
+
 def data_order(n_docs: int, train: TrainSettings) -> list[list[int]]:
     """Indices of the documents of each step, from `order_seed` alone; more steps only add to the end.
 
-    The first min(n_docs, train.documents) documents are shuffled anew for each pass over them.
+    The documents (see `trained_on`) are shuffled anew for each pass over them.
     """
-    n = min(n_docs, train.documents)
+    n = trained_on(n_docs, train)
     if n < 1:
         raise ValueError("there are no training documents")
     generator, queue, order = random.Random(train.order_seed), [], []
@@ -66,6 +96,43 @@ def data_order(n_docs: int, train: TrainSettings) -> list[list[int]]:
         order.append(queue[: train.batch])
         queue = queue[train.batch :]
     return order
+
+
+def token_order(documents: list[Document], train: TrainSettings) -> list[list[int]]:
+    """As `data_order`, with as many documents of like length per step as come to `batch_tokens` padded tokens at most.
+
+    Each pass shuffles the documents, sorts them by length within pools of about POOL batches, cuts those into batches and
+    shuffles the batches. A document that is longer than the budget is a batch of its own. `documents`: by their index.
+    """
+    budget, generator = train.batch_tokens, random.Random(train.order_seed)
+    order: list[list[int]] = []
+    while len(order) < train.steps:
+        one_pass = list(range(len(documents)))
+        generator.shuffle(one_pass)
+        batches: list[list[int]] = []
+        while one_pass:
+            size = tokens = 0
+            while size < len(one_pass) and tokens < POOL * budget:
+                tokens += padded_tokens([documents[one_pass[size]]])
+                size += 1
+            pool, one_pass = one_pass[:size], one_pass[size:]
+            batch: list[int] = []
+            for i in sorted(pool, key=lambda i: documents[i].length):
+                if batch and padded_tokens([documents[j] for j in (*batch, i)]) > budget:
+                    batches.append(batch)
+                    batch = []
+                batch.append(i)
+            batches.append(batch)
+        generator.shuffle(batches)
+        order += batches
+    return order[: train.steps]
+
+
+def padded_tokens(documents: list[Document]) -> int:
+    """Tokens that a pass over all of `documents` at once runs, padding among them."""
+    rows = [r for d in documents for r in d.rows]
+    texts = len(documents) * max(len(d.rows[0].encoder) for d in documents)
+    return len(rows) * max(len(r.ids) for r in rows) + texts
 
 
 def document(index: int, pair: dict, max_tokens: int, start: int | None = None) -> Document:

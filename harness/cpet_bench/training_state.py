@@ -25,11 +25,14 @@ def fingerprint(trainable: dict[str, torch.nn.Parameter], settings: TrainSetting
     return json.dumps([ours, more, {k: list(p.shape) for k, p in trainable.items()}], sort_keys=True)
 
 
-def save_checkpoint(path: Path, trainable, start, optimizer, state: dict) -> None:
-    """One file with weights, start weights, optimiser state and (as metadata) `state`; whole or not there at all."""
+def save_checkpoint(path: Path, trainable, start, optimizer, state: dict, best: dict | None = None) -> None:
+    """One file with weights, start weights, optimiser state and (as metadata) `state`; whole or not there at all.
+
+    best: other weights of the trainable tensors to keep as well (`best_weights` reads them).
+    """
     from safetensors.torch import save_file
 
-    tensors = {}
+    tensors = {f"best/{name}": value for name, value in (best or {}).items()}
     for name, p in trainable.items():
         tensors[f"weight/{name}"], tensors[f"start/{name}"] = p.detach(), start[name]
         for key, value in optimizer.state.get(p, {}).items():
@@ -74,6 +77,14 @@ def load_checkpoint(path: Path, trainable, optimizer, wanted: str) -> tuple[dict
         if groups[name]:
             optimizer.state[p] = groups[name]
     return state, start
+
+
+def best_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The `best` weights of a checkpoint that `load_checkpoint` accepted, on the CPU."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name.removeprefix("best/"): file.get_tensor(name) for name in file.keys() if name.startswith("best/")}
 
 
 class Proof:

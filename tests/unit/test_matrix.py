@@ -10,8 +10,10 @@ from made_plans import MACHINE
 
 from cpet_bench.cells import expand
 from cpet_bench.errors import InputError
+from cpet_bench.keys import plain
 from cpet_bench.matrix import load_matrix
 from cpet_bench.plan import Planner
+from cpet_bench.settings import RestoringSettings, TrainSettings
 
 REPO = Path(__file__).parents[2]
 BASE = """name: test
@@ -190,6 +192,41 @@ def test_a_training_file_without_rows_is_refused_before_any_work(tmp_path):
     with pytest.raises(InputError, match="rows.jsonl has no rows; a row is a line such as") as found:
         Planner(matrix, MACHINE).build(expand(matrix))
     assert found.value.key == "task.movie_reviews.train_data.jsonl" and found.value.line
+
+
+def test_training_options_leave_keys_alone_until_they_are_used(tmp_path):
+    known = "steps batch micro_batch documents lr weight_decay betas warmup schedule clip max_tokens order_seed"
+    known = {*known.split(), "checkpoint_every", "gradient_checkpointing"}
+    assert set(plain(TrainSettings())) == known == set(plain(RestoringSettings())["train"])
+
+    def tune(text):
+        matrix = load(text, tmp_path)
+        cells = {c.id: c for c in expand(matrix)}
+        plan = Planner(matrix, MACHINE).build(list(cells.values()))
+        of = {c: plan.roles[f"tiny--{c}--movie_reviews--s0"] for c in ("none--lora--vanilla", "nf4--lora--cpet")}
+        return {c: roles["tune"] for c, roles in of.items()}, plan, cells
+
+    keys, plan, _ = tune(BASE)
+    assert set(plan.steps[keys["nf4--lora--cpet"]].settings["train"]) == known - {"checkpoint_every"}
+    text = BASE.replace("train: {lr", "train: {batch_tokens: 2048, early_stop: true, lr")
+    other, plan, cells = tune(text.replace("cpet: {", "cpet: {train: {early_stop: {every: 5}}, "))
+    assert not keys.keys() - other.keys() and not set(keys.values()) & set(other.values())
+    step = plan.steps[other["nf4--lora--cpet"]]
+    assert step.settings["train"]["early_stop"] == {"every": 5, "patience": 3, "documents": 100}
+    order = plan.steps[step.needs["features"]].settings["order"]
+    assert (order["batch_tokens"], order["early_stop"]) == (2048, {"documents": 100})
+    assert cells["tiny--none--lora--vanilla--movie_reviews--s0"].train.early_stop.every == 10
+    off = tune(text.replace("cpet: {", "cpet: {train: {early_stop: false, batch_tokens: null}, "))[1:]
+    train = off[1]["tiny--nf4--lora--cpet--movie_reviews--s0"].train
+    assert train == TrainSettings(lr=1e-3) and off[1]["tiny--none--lora--vanilla--movie_reviews--s0"].train.batch_tokens == 2048
+
+
+def test_holding_out_all_documents_is_refused(tmp_path):
+    text = BASE.replace("train: {lr: 1e-3}", "train:\n  documents: 80\n  early_stop: true")
+    with pytest.raises(InputError, match="100 documents are held out of the 80 there are") as found:
+        matrix = load(text, tmp_path)
+        Planner(matrix, MACHINE).build(expand(matrix))
+    assert found.value.key == "train.early_stop.documents" and found.value.line
 
 
 def test_rules(tmp_path):

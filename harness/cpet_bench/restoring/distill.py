@@ -15,7 +15,7 @@ import torch
 from ..errors import StepFailed
 from ..settings import DistillSettings, TrainSettings
 from ..training_model import distilled, logits, run, scored, start_token
-from ..training_rows import Document, data_order, document
+from ..training_rows import Document, visits
 from .layerwise import block_states, blocks_seen, stacks
 from .projection import state_width
 
@@ -40,7 +40,7 @@ def teacher_features(
     out: Path,
     progress: Callable[[int, int, str], None],
 ) -> dict:
-    """Hidden states of the teacher `model` for every document that `data_order` visits, written to `out`.
+    """Hidden states of the teacher `model` for every document that training `visits`, written to `out`.
 
     features.safetensors has `last` (tokens x width), or `encoder` and `decoder`; for `kl` also `kl_values` (fp32) and `kl_ids`
     (int32), (positions x k). features.json says at which rows each document stands.
@@ -52,9 +52,9 @@ def teacher_features(
     """
     from safetensors.torch import save_file
 
-    visited = sorted({i for step in data_order(len(pairs), train) for i in step})
-    start = start_token(model)
-    documents = [document(i, pairs[i], train.max_tokens, start) for i in visited]
+    _, by_index = visits(pairs, train, start_token(model))
+    visited = sorted(by_index)
+    documents = [by_index[i] for i in visited]
     if settings.layers == "all" and (size := kept_bytes(model, documents, settings)) > BUDGET:
         Path(out).mkdir(parents=True, exist_ok=True)
         Path(out, "features.json").write_text(json.dumps({"schema": 1, "alongside": True, "bytes": size}) + "\n")

@@ -1,0 +1,28 @@
+"""What all settings are made of: the closed model, bounded numbers, parts that `true` and `false` switch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Closed and immutable: an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Natural = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _switch(value):
+    """`true` stands for the part with its defaults, `false` and `null` for no such part."""
+    return {} if value is True else None if value is False else value
+
+
+def switched(cls: type[Settings]) -> Any:
+    return Annotated[cls | None, BeforeValidator(_switch, json_schema_input_type=cls | bool | None)]
