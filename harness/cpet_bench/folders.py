@@ -1,4 +1,4 @@
-"""The folder of a run: runs/NAME/ with run.json, plan.json, events.jsonl, records/, outcomes/ and logs/."""
+"""The folder of a run: runs/NAME/ with run.json, plan.json, events.jsonl, records/, outcomes/, losses/ and logs/."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from .keys import plain, version
 from .plan import Plan
 from .recording import PACKAGES
 
+BESIDE = ("outcomes", "losses")  # folders with a file for each cell that is done
+
 
 def start_folder(ready) -> None:
     try:
@@ -23,7 +25,7 @@ def start_folder(ready) -> None:
         for path in (ready.folder / "records").glob("*.json"):
             if path.stem not in wanted:  # a cell this matrix no longer has
                 path.unlink()
-                (ready.folder / "outcomes" / f"{path.stem}.parquet").unlink(missing_ok=True)
+                drop_beside(ready.folder, path.stem)
     except OSError as error:
         raise StopError(f"Cannot write to {ready.folder}: {error.strerror or error}.") from error
 
@@ -59,10 +61,11 @@ def unfinish(folder: Path) -> None:
         raise StopError(f"Cannot write to {folder}: {error.strerror or error}.") from error
 
 
-def drop_outcomes(folder: Path, cell_id: str) -> None:
-    """Outcomes of a cell that is no longer done."""
+def drop_beside(folder: Path, cell_id: str) -> None:
+    """Outcomes and loss curve of a cell that is no longer done, or no longer there."""
     try:
-        (folder / "outcomes" / f"{cell_id}.parquet").unlink(missing_ok=True)
+        for name in BESIDE:
+            (folder / name / f"{cell_id}.parquet").unlink(missing_ok=True)
     except OSError as error:
         raise StopError(f"Cannot write to {folder}: {error.strerror or error}.") from error
 

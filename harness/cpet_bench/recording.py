@@ -218,24 +218,35 @@ class Recorder:
 
     def outcomes(self, cell: Cell) -> None:
         """Copy the outcomes by document beside the record. Damaged where the store's are, StopError for the disk."""
-        key = self.plan.roles[cell.id]["metrics"]
-        manifest = self.store.manifest(key)
-        target = self.folder / "outcomes" / f"{cell.id}.parquet"
-        wanted = manifest.files["outcomes.parquet"]
+        self._beside(cell, "metrics", "outcomes")
+
+    def losses(self, cell: Cell) -> None:
+        """The same for the loss curve of a cell whose training had any steps."""
+        key = self.plan.roles[cell.id].get("tune")
+        manifest = key and self.store.manifest(key)
+        if manifest and "losses.parquet" in manifest.files:
+            self._beside(cell, "tune", "losses")
+        else:
+            (self.folder / "losses" / f"{cell.id}.parquet").unlink(missing_ok=True)  # of settings it had before
+
+    def _beside(self, cell: Cell, role: str, what: str) -> None:
+        key = self.plan.roles[cell.id][role]
+        wanted = self.store.manifest(key).files[f"{what}.parquet"]
+        target = self.folder / what / f"{cell.id}.parquet"
         if target.exists() and target.stat().st_size == wanted["bytes"] and sha256_file(target) == wanted["sha256"]:
             return
-        source = self.store.materialise(key) / "outcomes.parquet"
+        source = self.store.materialise(key) / f"{what}.parquet"
         fresh = target.with_name(f"{target.name}.{os.getpid()}.new")
         try:
-            failpoint("outcomes.before")
+            failpoint(f"{what}.before")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, fresh)
-            failpoint("outcomes.written", path=fresh)
+            failpoint(f"{what}.written", path=fresh)
             os.replace(fresh, target)
         except OSError as error:
             fresh.unlink(missing_ok=True)
             raise StopError(f"Cannot write {target}: {error.strerror or error}.") from error
-        failpoint("outcomes.after")
+        failpoint(f"{what}.after")
 
 
 def _spent(manifest: Manifest) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from . import choice
 from .cells import Cell
 from .errors import EXIT_DONE, EXIT_FAILED_CELLS, EXIT_INTERRUPTED, StopError
 from .events import Events
-from .folders import count, drop_outcomes, finish_folder, is_finished, start_folder, unfinish, write_json
+from .folders import count, drop_beside, finish_folder, is_finished, start_folder, unfinish, write_json
 from .leases import Leases
 from .prepared import Prepared, prepare
 from .recording import Recorder
@@ -83,7 +83,7 @@ class Runner:
         unfinish(self.ready.folder)
         write_json(path, record)
         if record["status"] != "done":
-            drop_outcomes(self.ready.folder, cell.id)
+            drop_beside(self.ready.folder, cell.id)
         self.statuses[cell.id] = record["status"]
         primary = record["primary"]
         value = record["metrics"][primary]["value"] if primary else None
@@ -98,6 +98,7 @@ class Runner:
     def _complete(self, cell: Cell) -> None:
         try:
             self.recorder.outcomes(cell)
+            self.recorder.losses(cell)
         except Damaged as error:
             if self._again(error.key, str(error)):
                 return

@@ -54,8 +54,7 @@ def run(model: nn.Module, documents: list[Document], hidden: str = "last", want_
         trunk = body(model)
         with _entering(trunk, active=want_layers and hidden == "last_block_input") as seen:
             out = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        # At virtual tokens, which stand before the real ones, nothing is distilled.
-        layers = {"last": (_real(seen[0] if seen else out, mask), mask)} if want_layers else {}
+        layers = {"last": (seen[0] if seen else out, mask)} if want_layers else {}
         return States(rows, out, mask, layers)
     encoder, decoder = model.get_encoder(), model.get_decoder()
     texts, text_mask = padded([d.rows[0].encoder for d in documents], device)
@@ -72,18 +71,15 @@ def run(model: nn.Module, documents: list[Document], hidden: str = "last", want_
         ).last_hidden_state
     layers = {}
     if want_layers:
-        layers["encoder"] = (_real(seen_encoder[0] if below else text, text_mask), text_mask)
+        layers["encoder"] = (seen_encoder[0] if below else text, text_mask)
         layers["decoder"] = (seen_decoder[0] if below else out, mask)
     return States(rows, out, mask, layers)
-
-
-def _real(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return hidden[:, hidden.shape[1] - mask.shape[1] :]
 
 
 def distilled(states: States, part: str) -> torch.Tensor:
     """States of the real tokens of the rows that are distilled, one document after the other: (tokens x width)."""
     hidden, mask = states.layers[part]
+    hidden = hidden[:, hidden.shape[1] - mask.shape[1] :]  # virtual tokens stand before the real ones
     if part != "encoder":
         keep = torch.tensor([r.gold for r in states.rows], device=mask.device)
         mask = mask * keep[:, None]

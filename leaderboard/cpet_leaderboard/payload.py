@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cpet_bench.loss_curves import thinned
+
 from .view import Entry
 
 POINTS = 120  # of a loss curve
-CURVES = ("loss", "task", "distill", "kl")
+CURVES = ("loss", "task", "distill", "distill_encoder", "distill_decoder", "kl", "validation")
 ENDS = ("value", "low", "high")
 SHARE_FROM = 48  # characters from which a part is worth keeping in the pool
 
@@ -45,13 +47,10 @@ def figures(found: dict[str, dict[str, Any]] | None, pool: Pool) -> dict[str, li
 
 
 def losses(rows: list[dict[str, Any]] | None, most: int = POINTS) -> dict[str, list] | None:
-    """Loss curves as columns, four significant digits, at most about `most` steps and always the last."""
+    """Loss curves as columns, four significant digits, about `most` steps, those looked at on held-out documents, the last."""
     if not rows:
         return None
-    every = -(-len(rows) // most)
-    kept = rows[::every]
-    if kept[-1] is not rows[-1]:
-        kept.append(rows[-1])
+    kept = thinned(rows, most)
 
     def short(value):
         return None if value is None else float(f"{value:.4g}")

@@ -139,6 +139,29 @@ def test_details(page):
     assert one(page, "#r11 + tr.detail").is_displayed() and one(page, "#r1 + tr.detail").is_displayed()
 
 
+def test_a_curve_shows_each_term_and_the_held_out_documents(browser, tmp_path):
+    axes = {"model": "m", "compression": "nf4", "pet": "lora", "restoring": "cpet", "task": "t", "seed": 0}
+    record = made.record(axes, acc=0.8)
+    for i, row in enumerate(record["training"]["losses"]):  # as early stop and an encoder-decoder model have them
+        row |= {"distill_encoder": 0.1, "distill_decoder": row["task"] / 3}
+        row["validation"] = 0.7 - i / 100 if i % 5 == 4 else None
+    plain = made.record({**axes, "restoring": "vanilla"}, acc=0.7)
+    plain["training"].pop("losses")  # a record of before
+    browser.get(build([made.write(tmp_path / "made", [record, plain])], tmp_path / "page.html").as_uri())
+    for row in ("r0", "r1"):
+        browser.execute_script("arguments[0].click()", one(browser, f"#{row} th button"))
+    curve = one(browser, "#r0 + tr.detail .curve")
+    lines = [len(line.get_attribute("points").split()) for line in curve.find_elements("css selector", "polyline")]
+    assert lines == [40, 40, 40, 40, 40, 8]
+    places = {(m.get_attribute("cx"), m.get_attribute("cy")) for m in curve.find_elements("css selector", "circle")}
+    last = curve.find_elements("css selector", "polyline")[-1].get_attribute("points").split()
+    assert places == {tuple(point.split(",")) for point in last} and len(places) == 8
+    keys = one(browser, "#r0 + tr.detail .keys").text.split("\n")
+    assert keys == ["loss", "task", "distill", "distill, encoder", "distill, decoder", "validation"]
+    assert one(browser, "#r1 + tr.detail").is_displayed() and not all_of(browser, "#r1 + tr.detail .curve")
+    assert browser.get_log("browser") == []
+
+
 def test_a_mark_in_a_chart_opens_its_cell(page):
     mark = one(page, ".scatter g[data-row='8']")
     assert "smollm2--wanda24--lora--vanilla" in mark.find_element("css selector", "title").get_attribute("textContent")

@@ -69,6 +69,10 @@ def outcomes(folder, cell=DENSE):
     return folder / "outcomes" / f"{cell}.parquet"
 
 
+def losses(folder, cell=TUNED):
+    return folder / "losses" / f"{cell}.parquet"
+
+
 def flipped(rows, times=3):
     """The first documents' accuracy the other way round."""
     left = times
@@ -83,6 +87,16 @@ def test_a_real_run_has_no_faults(made):
     report = validate(made.run)
     assert report.faults == [] and report.cells == 3 and report.statuses == {"done": 3} and report.unchecked == []
     assert main(["validate", str(made.run)]) == 0
+    assert [p.stem for p in (made.run / "losses").iterdir()] == [TUNED]  # what has a training of some steps
+    training = made.records[TUNED]["training"]
+    assert pq.read_table(losses(made.run)).to_pylist() == training["losses"] and len(training["losses"]) == training["steps"]
+
+
+def test_a_run_of_before_loss_curves_were_kept_is_whole(made, copied):
+    shutil.rmtree(copied / "losses")
+    files.write_manifest(copied)
+    assert validate(copied).faults == []
+    assert not any(name.startswith("losses/") for name in files.read_manifest(copied))
 
 
 def other_name(folder):
@@ -107,6 +121,10 @@ DAMAGES = {
     "a reference to nowhere": (lambda f: change(record(f), lambda r: r["references"].update(dense="x")), "no cell of the run"),
     "failed with results": (lambda f: change(record(f), lambda r: r.update(status="failed")), "gives no reason"),
     "outcomes flipped": (lambda f: rewrite(outcomes(f), flipped), "acc is"),
+    "losses cut": (lambda f: losses(f).write_bytes(losses(f).read_bytes()[:-9]), "losses are damaged"),
+    "losses of fewer steps": (lambda f: rewrite(losses(f), lambda rows: rows[:-1]), "the losses are of"),
+    "losses of no cell": (lambda f: shutil.copy(losses(f), losses(f, "nobody")), "there is no record of this cell"),
+    "losses of an untrained cell": (lambda f: shutil.copy(losses(f), losses(f, DENSE)), "the losses are of"),
     "an outcome twice": (lambda f: rewrite(outcomes(f), lambda rows: [*rows, rows[0]]), "stand there twice"),
     "an outcome lost": (lambda f: rewrite(outcomes(f), lambda rows: rows[1:]), "documents, the outcomes have 59"),
     "outcomes of nothing": (lambda f: shutil.copy(outcomes(f), outcomes(f, "none")), "no record of this cell"),
@@ -168,6 +186,7 @@ def test_two_halves_are_the_whole(made, tmp_path):
     mine, whole = (json.loads((f / "run.json").read_text()) for f in (tmp_path / "shared", made.run))
     assert mine["cells"] == whole["cells"] and mine["matrix"] == whole["matrix"]
     assert [(s["name"], s["cells"]) for s in mine["sources"]] == [("half-b", [PRUNED]), ("half-a", [DENSE, TUNED])]
+    assert losses(tmp_path / "shared").read_bytes() == losses(made.run).read_bytes()
     with pytest.raises(InputError, match="there already"):
         merge([made.a, made.b], tmp_path / "shared")
     ready = made.cli("plan", tmp_path / "shared/matrix.yaml", "--json")
@@ -235,6 +254,7 @@ def test_publishing_tells_nothing_of_the_machine(made, copied, tmp_path):
     change(record(copied, TUNED), lambda r: r.update(status="failed", reason=reason, **empty))
     change(copied / "run.json", lambda r: r["device"].update(cache=f"{hidden}/cache"))
     outcomes(copied, TUNED).unlink()
+    losses(copied).unlink()
     files.write_manifest(copied)
     done = publish(copied, tmp_path / "results")
     assert done.fresh and done.folder == tmp_path / "results/shared" and validate(done.folder).faults == []
@@ -255,6 +275,7 @@ def test_a_published_run_is_not_lost(made, copied, tmp_path, capsys):
     to = tmp_path / "results"
     assert main(["publish", str(made.run), "--to", str(to), "--name", "ours"]) == 0
     assert json.loads(record(to / "ours").read_text())["run"] == "ours"
+    assert losses(to / "ours").read_bytes() == losses(made.run).read_bytes()
     before = (to / "ours/manifest.json").read_bytes()
     assert main(["publish", str(made.run), "--to", str(to), "--name", "ours"]) == 0
     assert "published before" in capsys.readouterr().out and (to / "ours/manifest.json").read_bytes() == before

@@ -262,7 +262,14 @@ def test_text_and_scales():
     drawn = charts.bar(0.5, 0.25, 0.75, None, (0.0, 1.0))
     left, right = drawn["ends"]
     assert drawn["x"] == (left + right) / 2 == charts.BAR[0] / 2 and drawn["reference"] is None
-    assert payload.losses([{"step": i, "loss": 1.0, "task": 1.0, "distill": None} for i in range(1000)], 100)["step"][-1] == 999
+    rows = [{"step": i, "loss": 1.0, "task": 1.0, "distill": None} for i in range(1000)]
+    assert payload.losses(rows, 100)["step"][-1] == 999
+    for row in rows:
+        row["validation"] = abs(row["step"] - 503) + 0.5 if row["step"] % 7 == 6 else None
+    kept = payload.losses(rows, 100)
+    seen = [v for v in kept["validation"] if v is not None]
+    assert len(kept["step"]) < 300 and 50 < len(seen) < 150 and kept["validation"][kept["step"].index(503)] == min(seen) == 0.5
+    assert kept["step"] == sorted(kept["step"]) and kept["step"][-1] == 999 and "task" not in kept
 
 
 def test_perplexities_of_many_sizes_are_drawn_by_their_logarithm():

@@ -15,7 +15,7 @@ from ..keys import digest
 from ..store import sha256_file
 
 MANIFEST = "manifest.json"
-SINGLE, FOLDERS = ("run.json", "matrix.yaml"), ("records", "outcomes", "files")
+SINGLE, FOLDERS = ("run.json", "matrix.yaml"), ("records", "outcomes", "losses", "files")
 
 
 def kept_files(folder: Path) -> dict[str, int]:

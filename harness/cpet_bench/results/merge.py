@@ -141,7 +141,8 @@ def _write(sources: list[Source], chosen: dict[str, Source], out: Path) -> dict[
             record["references"] = references(record, matrix, set(order))
             write_json(fresh / "records" / f"{cell}.json", record)
             if record["status"] == "done":
-                files.copy(source.folder, fresh, [f"outcomes/{cell}.parquet"])
+                names = [f"outcomes/{cell}.parquet", f"losses/{cell}.parquet"]
+                files.copy(source.folder, fresh, [name for name in names if name in source.hashes])
         write_json(fresh / "run.json", _info(sources, chosen, order, out.name))
         files.write_manifest(fresh)
     return count({cell: chosen[cell].records[cell]["status"] for cell in order})

@@ -36,7 +36,7 @@ class Published:
 def publish(
     run: str | Path, to: str | Path = "results", *, name: str | None = None, partial: bool = False, force: bool = False
 ) -> Published:
-    """Copy a run's records, outcomes, run.json, matrix and its small files to `to`/`name`, with a page; update the index.
+    """Copy a run's records, outcomes, losses, run.json, matrix and small files to `to`/`name`, with a page; update the index.
 
     Args:
         partial: whether cells may be pending. force: whether a published run with other results may be replaced.
@@ -68,7 +68,7 @@ def publish(
             cells = "\n".join(f"  {cell}" for cell in lost[:SHOWN])
             raise InputError(f"{target} has other results of {len(lost)} cells; --force replaces them:\n{cells}")
     with files.staged(target, replace=True) as fresh:
-        files.copy(folder, fresh, [n for n in hashes if n.startswith(("outcomes/", "files/"))])
+        files.copy(folder, fresh, [n for n in hashes if n.startswith(("outcomes/", "losses/", "files/"))])
         for cell, record in records.items():
             write_json(fresh / "records" / f"{cell}.json", record)
         info = _info(info, name)

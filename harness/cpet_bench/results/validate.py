@@ -10,8 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .. import loss_curves
 from ..cells import cell_id
 from ..errors import InputError
+from ..folders import BESIDE
 from ..records import read_outcomes, read_record, run_folders
 from . import files, recompute
 
@@ -106,8 +108,9 @@ def validate(path: str | Path) -> Report:
             if other is not None and other not in records:
                 report.faults.append(Fault(f"records/{name}.json", f"its reference {role} is no cell of the run: {other}"))
         _results(folder, name, record, report)
-    for orphan in sorted({p.stem for p in (folder / "outcomes").glob("*.parquet")} - set(records)):
-        report.faults.append(Fault(f"outcomes/{orphan}.parquet", "there is no record of this cell"))
+    for name in BESIDE:
+        for orphan in sorted({p.stem for p in (folder / name).glob("*.parquet")} - set(records)):
+            report.faults.append(Fault(f"{name}/{orphan}.parquet", "there is no record of this cell"))
     return report
 
 
@@ -157,7 +160,7 @@ def _cells(folder: Path, records: dict[str, Any], report: Report) -> None:
 def _results(folder: Path, name: str, record: dict[str, Any], report: Report) -> None:
     """A record's parts against its status, and its metrics against its outcomes."""
     file, status = f"records/{name}.json", record["status"]
-    outcomes = folder / "outcomes" / f"{name}.parquet"
+    outcomes, losses = (folder / kind / f"{name}.parquet" for kind in BESIDE)
 
     def fault(what: str, where: str = file) -> None:
         report.faults.append(Fault(where, what))
@@ -169,6 +172,8 @@ def _results(folder: Path, name: str, record: dict[str, Any], report: Report) ->
             fault(f"it is {status} and gives no reason")
         if outcomes.exists():
             fault(f"outcomes of a cell that is {status}", f"outcomes/{name}.parquet")
+        if losses.exists():
+            fault(f"losses of a cell that is {status}", f"losses/{name}.parquet")
         return
     if record["reason"] is not None:
         fault("it is done and gives a reason for failing")
@@ -178,6 +183,9 @@ def _results(folder: Path, name: str, record: dict[str, Any], report: Report) ->
         low, value, high = entry["low"], entry["value"], entry["high"]
         if None not in (low, value, high) and not low - 1e-12 <= value <= high + 1e-12:
             fault(f"{metric} lies outside its own interval")
+    wrong_losses = loss_curves.fault(losses, record) if losses.exists() else None  # runs of before kept none
+    if wrong_losses:
+        fault(wrong_losses, f"losses/{name}.parquet")
     try:
         table = read_outcomes(folder, name)
     except InputError as error:

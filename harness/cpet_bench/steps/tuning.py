@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import loss_curves
 from ..errors import StepFailed
 from ..settings import DistillSettings, PetSettings, RecoverSettings, TrainSettings
 from .context import Context
@@ -188,11 +189,10 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
         parts["recovery"] = recover.recovery_parameters(model)
         parts[s["pet"]["method"]] -= parts["recovery"]
     losses = facts.pop("losses", [])
-    _write_losses(losses, ctx.out / "losses.parquet")
+    loss_curves.write(losses, ctx.out / "losses.parquet")
     facts |= {"trainable_parameters": count, "by_part": parts, "lr": settings.lr}
     (ctx.out / "training.json").write_text(json.dumps(facts, indent=1, default=str))
-    thin = max(1, len(losses) // 200)
-    facts["losses"] = losses[::thin]
+    facts["losses"] = loss_curves.thinned(losses, 200)
     if "inherit" in ctx.facts:
         source = ctx.facts["inherit"]
         facts["inherited"] = {k: source.get(k) for k in ("steps", "tokens", "flops", "seconds")}
@@ -225,14 +225,6 @@ def _taught_by(ctx: Context, model, distill: DistillSettings | None):
             folder, _ = _cut(ctx, other, folder)
         with deploy(other, [folder.parent]) as teacher:
             yield {"teacher": teacher, "origins": blocks}
-
-
-def _write_losses(losses: list[dict], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if losses:
-        pq.write_table(pa.Table.from_pylist(losses), path)
 
 
 def run_teacher(ctx: Context) -> dict:

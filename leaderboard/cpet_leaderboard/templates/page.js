@@ -223,7 +223,8 @@
     names.forEach((name, i) => {
       const points = losses.step.flatMap((s, k) => (losses[name][k] === null ? [] : [`${x(s)},${y(losses[name][k])}`]));
       drawing.append(svg("polyline", { class: `c${i}`, points: points.join(" ") }));
-      keys.append(el("li", { class: `c${i}` }, name));
+      if (name === "validation") drawing.append(...points.map((p) => svg("circle", { class: `c${i}`, cx: p.split(",")[0], cy: p.split(",")[1], r: 2.2 })));
+      keys.append(el("li", { class: `c${i}` }, name.replace("_", ", ")));
     });
     return [drawing, keys];
   }
