@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,13 @@ CRASHES = 3  # after so many in one group, its other tries are not begun
 class Child:
     """One process of tries: what it printed, line by line, and how it ended."""
 
-    def __init__(self, group: str, folder: Path, skip: list[str]):
+    def __init__(self, group: str, folder: Path, skip: list[str], module: str):
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `stop`)
         own = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
         own |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tiny models; several threads would wait for each other
         own |= {} if group == "source" else {"HF_HUB_OFFLINE": "1"}  # what lm-eval asks the hub for is not needed here
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cpet_bench.doctor_tries", group, str(folder), *skip],
+            [sys.executable, "-m", module, group, str(folder), *skip],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -81,18 +82,24 @@ class Child:
         return f"the process ended with status {code}: {(tail.strip().splitlines() or ['no output'])[-1][:300]}", tail
 
 
-def tries(group: str, folder: Path) -> list[dict[str, Any]]:
-    """Rows of one group. What takes the process down is a failed row, and the others are tried in a fresh one."""
+def tries(
+    group: str,
+    folder: Path,
+    module: str = "cpet_bench.doctor_tries",
+    each: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Rows of one group of `module`. What takes the process down is a failed row, and the others are tried in a fresh one."""
     rows: list[dict[str, Any]] = []
     crashes = 0
     while True:
-        child, begun, ended = Child(group, folder, [row["name"] for row in rows]), None, False
+        child, begun, ended = Child(group, folder, [row["name"] for row in rows], module), None, False
         started = time.monotonic()
         while (message := child.next()) is not None:
             if "begin" in message:
                 begun, started = message["begin"], time.monotonic()
             elif "row" in message:
                 rows.append(message["row"])
+                each(message["row"])
                 begun = None
             else:
                 ended = True

@@ -5,16 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..errors import InputError
 from .common import folders
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON on standard output, with the traces of what failed")
+    text = "try PET methods (all, or those named) with each restoring on each class of linear layer, instead of the rest"
+    parser.add_argument("--pet", nargs="*", metavar="METHOD", help=text)
+    parser.add_argument("--layer", action="append", default=[], metavar="CLASS", help="with --pet: only on this class of layer")
+    parser.add_argument("--fresh", action="store_true", help="with --pet: try anew what is known from before")
     folders(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0 where the core works (torch, training, lm-eval, the store), 1 where it does not."""
+    if args.pet is not None:
+        from .doctor_pet import run as pet
+
+        return pet(args.pet, args.layer, args.fresh, args.json)
+    if args.layer or args.fresh:
+        raise InputError("--layer and --fresh go with --pet.", key="--pet")
     from ..doctor import examine
 
     found = examine(args.store, args.runs)

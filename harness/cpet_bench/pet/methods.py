@@ -299,9 +299,11 @@ def _inject(model: nn.Module, config, name: str, seed: int) -> None:
             else:
                 kept["wrapper"].add_adapter(name, config)
                 kept["wrapper"].base_model.set_adapter([*kept["wrapper"].active_adapters, name])
-    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, KeyError) as error:
+    except Exception as error:
         model.__dict__[_KEPT] = kept
         detach(model)
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            raise
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "target_modules" in text or "Target modules" in text:
             raise InputError(text, key="pet.target_modules") from error

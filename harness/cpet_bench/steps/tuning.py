@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import loss_curves
-from ..errors import StepFailed
+from ..errors import StepFailed, Unsupported
 from ..settings import DistillSettings, PetSettings, RecoverSettings, TrainSettings
 from .context import Context
 
@@ -64,7 +64,7 @@ def run_tune(ctx: Context) -> dict:
     recovery = RecoverSettings(r=s["recover"]["r"], act=s["recover"]["act"]) if "recover" in s else None
     if recovery:
         recovery = recovery.model_copy(update={"alpha": s["recover"]["scale"] * recovery.r})
-    with ctx.model(purpose="train") as model:
+    with ctx.model(purpose="train") as model, _known_limits(ctx, model):
         start, cut = _start(ctx, model)
         if start is not None:
             return _train_from(ctx, model, start, recovery) | cut
@@ -72,6 +72,28 @@ def run_tune(ctx: Context) -> dict:
             model, s["pet"], recovery, s.get("control"), seed=s["seed"], init=ctx.inputs.get("init")
         ) as deployed:
             return _train_and_save(ctx, deployed, recovery)
+
+
+@contextmanager
+def _known_limits(ctx: Context, model):
+    """A failure of what `doctor --pet` found to be unsupported here is Unsupported, and no failure of this cell alone.
+
+    Asked only after a failure: other fields than those that were tried may well work.
+    """
+    from ..pet import capability
+    from ..worker import describe
+
+    try:
+        yield
+    except (StepFailed, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        s = ctx.settings
+        parts = [part for part in capability.PARTS if part in s or part in ctx.inputs]
+        why = None
+        if not s.get("control") and describe(error)["type"] != "OutOfMemory":
+            why = capability.refused(model, s["pet"]["method"], parts)
+        if why is None:
+            raise
+        raise Unsupported(f"{type(error).__name__}: {error} ({why})") from error
 
 
 def _start(ctx: Context, model) -> tuple[Path | None, dict]:
