@@ -25,6 +25,7 @@ HUB = "hf:hf-internal-testing/tiny-random-LlamaForCausalLM"
 FIELDS: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 4, "tinit": 1, "tfinal": 1},
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
+    "bitfit": {"where": "all"},
     "c3a": {"block_size": 16},
     "road": {"group_size": 8},
     "shira": {"r": 4},

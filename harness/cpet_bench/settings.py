@@ -109,7 +109,7 @@ def _one_rate(self):
 
 
 class PetSettings(BaseModel):
-    """A PET method by PEFT's name of it (`lora`, `ia3`, ...) with PEFT's own field names beside it, or `nola` with its own."""
+    """A PET method by PEFT's name of it (`lora`, `ia3`, ...) with PEFT's field names beside it, or one of ours (`pet.own`)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
     method: str

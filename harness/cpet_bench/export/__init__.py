@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, StopError
+from ..pet import own
 from ..records import read_record
 from ..results.clean import clean_record
 from ..store import Damaged, Store
 from .card import card
 
 LOADER = Path(__file__).with_name("load_recovery.py")
-NOLA_LOADER = Path(__file__).with_name("load_nola.py")
 
 
-def export(
-    run: Path, cell: str, to: Path, *, store: str | None = None, base: bool = False, merged: bool = False
-) -> list[str]:
+def export(run: Path, cell: str, to: Path, *, store: str | None = None, base: bool = False, merged: bool = False) -> list[str]:
     """Write the modules tuned in a cell to a folder, with a model card; returns the names written, sorted.
 
     At the top lies an ordinary PEFT adapter (plain PEFT loads it). Recovery modules lie beside it with a loader of a few
-    lines, `load_recovery.py`, which needs torch and safetensors only; NOLA, which PEFT has not, with `load_nola.py`.
+    lines, `load_recovery.py`, which needs torch and safetensors only; methods that PEFT has not, with such a loader too.
 
     Args:
         run: the run's folder. cell: the id of a cell that is done and tuned. to: a folder that is new or empty.
@@ -49,8 +47,9 @@ def export(
         to.mkdir(parents=True, exist_ok=True)
         for file in sorted((tuned / "adapter").iterdir()):
             shutil.copyfile(file, to / file.name)
-        if (to / "nola.json").exists():
-            shutil.copyfile(NOLA_LOADER, to / NOLA_LOADER.name)
+        ours = own.saved_in(to)
+        if ours:
+            shutil.copyfile(LOADER.with_name(f"load_{ours}.py"), to / f"load_{ours}.py")
         else:
             _name_base(to / "adapter_config.json", record)
         if (tuned / "recovery").is_dir():
@@ -71,9 +70,10 @@ def export(
 
 
 def _card(to: Path, record: dict[str, Any], **parts: bool) -> str:
-    about = to / ("nola.json" if (to / "nola.json").exists() else "adapter_config.json")
+    ours = own.saved_in(to)
+    about = to / (own.FILES[ours][0] if ours else "adapter_config.json")
     auto = "AutoModelForSeq2SeqLM" if json.loads(about.read_text())["task_type"] == "SEQ_2_SEQ_LM" else "AutoModelForCausalLM"
-    return card(record, auto, recovery=(to / "recovery.json").exists(), nola=about.name == "nola.json", **parts)
+    return card(record, auto, recovery=(to / "recovery.json").exists(), ours=ours, **parts)
 
 
 def _record(run: Path, cell: str) -> dict[str, Any]:

@@ -8,21 +8,25 @@ from typing import Any
 import yaml
 
 
-def card(record: dict[str, Any], auto: str, *, recovery: bool, nola: bool, base: bool, merged: bool) -> str:
-    """README.md of an exported folder: the hub's YAML header, loading code with transformers' class `auto`, the figures."""
+def card(record: dict[str, Any], auto: str, *, recovery: bool, ours: str | None, base: bool, merged: bool) -> str:
+    """README.md of an exported folder: the hub's YAML header, loading code with transformers' class `auto`, the figures.
+
+    ours: the module of `pet.own` that wrote what is exported; None for PEFT's.
+    """
     settings = record["settings"]
-    library = "transformers" if nola else "peft"
+    library = "transformers" if ours else "peft"
     header: dict[str, Any] = {"library_name": library, "tags": ["cpet-bench", settings["pet"]["method"]]}
     if settings["model"]["source"].startswith("hf:"):
         header = {"base_model": settings["model"]["source"].removeprefix("hf:"), **header}
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", f"# {record['id']}", ""]
     what = f"{settings['pet']['method']} on {settings['model']['source']}"
     lines += [f"{what}, {_compression(record)}; {_restoring(record)}.", ""]
-    lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, nola, base), "```", ""]
+    lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, ours, base), "```", ""]
     if recovery:
         lines += ["The adapter alone is not what was measured: the recovery modules belong to it.", ""]
     if merged:
-        lines += ["`merged/` holds the model with the modules in its weights, in float32" + _zeros(record) + ".", ""]
+        filled = recovery or ours != "whole" or settings["pet"].get("zeros") == "train"
+        lines += ["`merged/` holds the model with the modules in its weights, in float32" + _zeros(record, filled) + ".", ""]
     lines += ["## Measured", "", "| metric | value | 95 % interval | documents |", "|---|---|---|---|"]
     for name, m in record["metrics"].items():
         low, high = (_figure(m[end]) for end in ("low", "high"))
@@ -51,21 +55,21 @@ def _restoring(record: dict[str, Any]) -> str:
     return f"restored by {', '.join(parts)}" if parts else "trained from a random start"
 
 
-def _loading(record: dict[str, Any], auto: str, recovery: bool, nola: bool, base: bool) -> list[str]:
+def _loading(record: dict[str, Any], auto: str, recovery: bool, ours: str | None, base: bool) -> list[str]:
     source = record["settings"]["model"]["source"]
     place = '"base"' if base else f'"{source.removeprefix("hf:")}"' if source.startswith("hf:") else '"FOLDER OF THE MODEL"'
-    lines = ([] if nola else ["from peft import PeftModel"]) + [f"from transformers import {auto}"]
-    lines += ["from load_nola import attach_nola"] if nola else []
+    lines = ([] if ours else ["from peft import PeftModel"]) + [f"from transformers import {auto}"]
+    lines += [f"from load_{ours} import attach_{ours}"] if ours else []
     lines += ["from load_recovery import attach_recovery"] if recovery else []
     how = "" if base or not record["settings"]["compression"] else "  # compressed as above"
-    put = 'model = attach_nola(base, ".")' if nola else 'model = PeftModel.from_pretrained(base, ".")'
+    put = f'model = attach_{ours}(base, ".")' if ours else 'model = PeftModel.from_pretrained(base, ".")'
     lines += ["", f"base = {auto}.from_pretrained({place}){how}", put]
     return lines + (['attach_recovery(base, ".")'] if recovery else [])
 
 
-def _zeros(record: dict[str, Any]) -> str:
+def _zeros(record: dict[str, Any], filled: bool) -> str:
     pruned = any(s["backend"] in ("magnitude", "wanda", "sparsegpt") for s in record["settings"]["compression"])
-    return "; the pruned weights are no longer zero" if pruned else ""
+    return f"; the pruned weights are {'no longer' if filled else 'still'} zero" if pruned else ""
 
 
 def _figure(value: float | None) -> str:

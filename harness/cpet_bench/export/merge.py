@@ -8,6 +8,7 @@ from typing import Any
 
 from ..compression.rounding import PACKING
 from ..errors import InputError
+from ..pet import own
 
 
 def refuse(record: dict[str, Any], tuned: Path) -> str | None:
@@ -16,6 +17,10 @@ def refuse(record: dict[str, Any], tuned: Path) -> str | None:
     packed = [name for name in backends if name in PACKING]
     if packed:
         return f"the weights are packed by {packed[-1]}, and rounding them anew would change what was tuned"
+    ours = own.saved_in(tuned / "adapter")
+    why = own.implementation(ours).cannot_merge(tuned / "adapter") if ours else None
+    if why:
+        return why
     if (tuned / "recovery").is_dir():
         act = json.loads((tuned / "recovery" / "recovery.json").read_text())["settings"]["act"]
         if act != "identity":
@@ -26,21 +31,20 @@ def refuse(record: dict[str, Any], tuned: Path) -> str | None:
 def merge(folder: Path, tuned: Path, out: Path) -> None:
     """Write the model of `folder` with the adapter and the (linear) recovery modules of `tuned` in its weights, in fp32.
 
-    A pruned model's zeros fill up. Raises InputError where PEFT has no way to merge this method.
+    A pruned model's zeros fill up, where the method does not keep them. Raises InputError where PEFT has no way to merge this
+    method.
     """
     import torch
     from peft import PeftModel
 
     from ..compression.masks import weight_out_in
     from ..models.loading import load_model, load_tokenizer
-    from ..pet import nola
 
     model = load_model(folder)
+    ours = own.saved_in(tuned / "adapter")
     try:
-        if nola.is_saved_in(tuned / "adapter"):
-            with torch.no_grad():
-                for name, update in nola.updates(tuned / "adapter").items():
-                    weight_out_in(model.get_submodule(name)).add_(update)
+        if ours:
+            own.implementation(ours).merge(model, tuned / "adapter")
         else:
             model = PeftModel.from_pretrained(model, str(tuned / "adapter")).merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:

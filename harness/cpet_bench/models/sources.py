@@ -10,6 +10,7 @@ from typing import Any
 from ..devices import cache_root
 from ..errors import InputError, StepFailed, StopError
 from ..keys import digest
+from ..pet import own
 from ..settings import ModelSettings
 from ..store import sha256_file
 from .loading import code_allowed, load_config
@@ -109,7 +110,6 @@ class HubSource:
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-NOLA_FILES = ("nola.json", "nola.safetensors")
 
 
 def adapter_identity(source: str, base: Path) -> dict[str, str]:
@@ -117,7 +117,7 @@ def adapter_identity(source: str, base: Path) -> dict[str, str]:
     scheme, _, name = source.partition(":")
     if scheme == "hf":
         return {"repo": name, "commit": HubSource()._commit(ModelSettings(source=source))}
-    files = NOLA_FILES if (base / name / NOLA_FILES[0]).is_file() else ADAPTER_FILES
+    files = own.FILES.get(own.saved_in(base / name), ADAPTER_FILES)
     missing = [f for f in files if not (base / name / f).is_file()]
     if missing:
         raise InputError(f"{base / name} holds no PEFT adapter: {missing[0]} is missing")
@@ -134,7 +134,8 @@ def fetch_adapter(source: str, base: Path, identity: dict[str, str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=identity["commit"], allow_patterns=[*ADAPTER_FILES, *NOLA_FILES]))
+        wanted = [*ADAPTER_FILES, *(file for files in own.FILES.values() for file in files)]
+        return Path(snapshot_download(name, revision=identity["commit"], allow_patterns=wanted))
     except Exception as error:
         raise StopError(f"{name} could not be fetched from the hub: {_line(error)}") from error
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import InputError, StepFailed, Unsupported
 from ..models.arch import block_linears
 from ..settings import PetSettings
-from . import prompts
+from . import own, prompts
 from .own import OWN, plain_name
 
 _KEPT = "_cpet_pet"  # attribute of the model that holds PEFT's wrapper and what was there before
@@ -36,13 +36,13 @@ def attach(model: nn.Module, pet: PetSettings, *, targets: dict[str, int] | None
             the width of a layer.
         Unsupported: PEFT cannot put this method on these layers; its own message is the reason.
     """
-    from . import nola
     from .ranks import check_ranks
 
     _refuse_recovery(model)
-    if plain_name(pet.method) == "nola":
+    method = plain_name(pet.method)
+    if method in OWN:
         if targets is None:
-            return nola.attach(model, pet, seed)
+            return own.implementation(own.MODULES[method]).attach(model, pet, seed)
         pet = PetSettings(method="lora", r=16, lora_alpha=16)
     config = _config(model, pet, targets)
     _check_targets(model, config)
@@ -58,7 +58,7 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     PEFT passes over shapes and names that do not fit (peft issue 1746); here they are an error that names them.
 
     Args:
-        folder: PEFT's format, `adapter_config.json` and `adapter_model.safetensors`, or that of NOLA (`pet.nola`).
+        folder: PEFT's format, `adapter_config.json` and `adapter_model.safetensors`, or that of one of our methods (`pet.own`).
         trainable: whether its weights get gradients.
     Raises:
         StepFailed: names or shapes differ from what the model takes.
@@ -67,11 +67,10 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from . import nola
-
     _refuse_recovery(model)
-    if nola.is_saved_in(folder):
-        return nola.attach_saved(model, folder, trainable=trainable)
+    ours = own.saved_in(folder)
+    if ours:
+        return own.implementation(ours).attach_saved(model, folder, trainable=trainable)
     weights = Path(folder, "adapter_model.safetensors")
     if not weights.is_file() or not Path(folder, "adapter_config.json").is_file():
         raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json and adapter_model.safetensors).")
@@ -136,13 +135,11 @@ def differences(given: dict[str, tuple], expected: dict[str, tuple], shown: int 
 
 
 def save(model: nn.Module, folder: Path, name: str = "default") -> None:
-    """Write the PET module in PEFT's own format (or NOLA's); the same weights and settings give the same bytes."""
+    """Write the PET module in PEFT's own format (or in ours, `pet.own`); the same weights and settings give the same bytes."""
     from safetensors.torch import save_file
 
-    from . import nola
-
-    if hasattr(model, "cpet_nola"):
-        return nola.save(model, folder)
+    for ours in own.put_on(model):
+        return own.implementation(ours).save(model, folder)
     wrapper = getattr(model, _KEPT)["wrapper"]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,9 +154,8 @@ def save(model: nn.Module, folder: Path, name: str = "default") -> None:
 
 def detach(model: nn.Module) -> nn.Module:
     """Take every PET module off `model`: its layers are the very objects that were there before, its weights the same."""
-    from . import nola
-
-    nola.detach(model)
+    for ours in own.put_on(model):
+        own.implementation(ours).detach(model)
     prompts.detach(model)
     kept = model.__dict__.pop(_KEPT, None)
     if kept is None:
@@ -167,6 +163,8 @@ def detach(model: nn.Module) -> nn.Module:
     for parent, children in kept["children"]:
         parent._modules.clear()
         parent._modules.update(children)
+    for ours in own.FILES:  # put on before PEFT's, and taken off above
+        model._modules.pop(f"cpet_{ours}", None)
     with torch.no_grad():
         for weight, copy in kept["weights"]:
             weight.copy_(copy)

@@ -26,10 +26,11 @@ from ..models.arch import block_linears, features
 from ..restoring.recover import _Beside, _device, _key, _name, linears
 from ..settings import PetSettings
 from .methods import differences
+from .own import FILES as ALL_FILES
 from .own import NolaSettings, own_settings
 
 _KEPT = "_cpet_nola"  # attribute of the model: hooks, and which weights required a gradient before
-FILES = ("nola.json", "nola.safetensors")
+FILES = ALL_FILES["nola"]
 
 
 def draw(seed: int, part: str, count: int, rows: int, columns: int) -> torch.Tensor:
@@ -188,10 +189,6 @@ def save(model: nn.Module, folder: Path) -> None:
     (folder / FILES[0]).write_text(json.dumps(text, indent=1) + "\n")
 
 
-def is_saved_in(folder: Path) -> bool:
-    return Path(folder, FILES[0]).is_file()
-
-
 def updates(folder: Path) -> dict[str, torch.Tensor]:
     """What a saved module adds to each layer's weight: s B A (out x in, fp32) by layer."""
     from safetensors.torch import load_file
@@ -209,10 +206,30 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def weights_beside(model: nn.Module) -> dict[str, int]:
-    """Numbers in A and B by layer (as named in the model): what a token is multiplied with, unlike the coefficients."""
-    sets = model.cpet_nola.values() if hasattr(model, "cpet_nola") else ()
-    return {_name(key): m._bases.r * (m.n_in + m.n_out) for added in sets for key, m in added.items() if m.alpha.requires_grad}
+def merge(model: nn.Module, folder: Path) -> None:
+    """Add what a saved module adds to the weights of `model` to these."""
+    from ..compression.masks import weight_out_in
+
+    with torch.no_grad():
+        for name, update in updates(folder).items():
+            weight_out_in(model.get_submodule(name)).add_(update)
+
+
+def cannot_merge(folder: Path) -> str | None:
+    """Why what is saved cannot be merged into a model's weights: it always can."""
+
+
+def costs(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """By layer (as named in the model) the numbers a token is multiplied with, and those that get a gradient by token.
+
+    Both are those of A and B, not the coefficients.
+    """
+    found = {}
+    for added in model.cpet_nola.values():
+        for key, m in added.items():
+            if m.alpha.requires_grad:
+                found[_name(key)] = (m._bases.r * (m.n_in + m.n_out),) * 2
+    return found
 
 
 def detach(model: nn.Module) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -26,7 +29,46 @@ class NolaSettings(Settings):
     seed: Natural | None = None
 
 
-OWN: dict[str, type[Settings]] = {"nola": NolaSettings}
+class FullSettings(Settings):
+    """Full fine-tuning: every weight of the blocks and the norms after them, but not the embeddings and the head.
+
+    zeros: `keep` leaves the exact zeros of a pruned layer (one with at least 1 % of them) zero; `train` trains them too.
+    """
+
+    zeros: Literal["keep", "train"] = "keep"
+
+
+class BitfitSettings(Settings):
+    """BitFit (arXiv 2106.10199): biases alone.
+
+    where: `existing` is those that the linear layers and the norms have; `all` gives one, starting from zero, to each linear
+    layer of the blocks that has none as well.
+    """
+
+    where: Literal["existing", "all"] = "existing"
+
+
+OWN: dict[str, type[Settings]] = {"nola": NolaSettings, "full": FullSettings, "bitfit": BitfitSettings}
+
+# By the module of this package that puts a method on a model, keeps it, merges it and takes it off (functions of the same
+# names in each; what is on a model is its attribute `cpet_MODULE`): the files of a saved one.
+MODULES = {"nola": "nola", "full": "whole", "bitfit": "whole"}
+FILES = {name: (f"{name}.json", f"{name}.safetensors") for name in dict.fromkeys(MODULES.values())}
+
+
+def implementation(name: str) -> ModuleType:
+    """One of these modules, by its name; it loads torch."""
+    return import_module(f".{name}", __package__)
+
+
+def saved_in(folder: Path) -> str | None:
+    """The module whose files lie in `folder`; None where it is PEFT's format, or nothing."""
+    return next((name for name, files in FILES.items() if Path(folder, files[0]).is_file()), None)
+
+
+def put_on(model: Any) -> list[str]:
+    """The modules of which something is on `model`."""
+    return [name for name in FILES if hasattr(model, f"cpet_{name}")]
 
 
 def plain_name(method: str) -> str:
