@@ -19,6 +19,7 @@ from .evaluation.tasks import portable, task_spec
 from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
 from .models.sources import adapter_identity
+from .plan_parts import content_of, control_settings, order_settings
 from .plan_select import choose
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
@@ -148,7 +149,7 @@ class Planner:
         }
         if other and other.jsonl:
             file = self.base / other.jsonl
-            settings["content"] = self._placed(lambda: _content(file), "task", cell.axes["task"], "train_data", "jsonl")
+            settings["content"] = self._placed(lambda: content_of(file), "task", cell.axes["task"], "train_data", "jsonl")
         needs = {"tokenizer": self.model(cell)}
         label = f"training text of {name} ({documents})"
         return self.add("pairs", settings, needs, label, params={"base": str(self.base), **where}, work=documents)
@@ -365,39 +366,3 @@ class Planner:
         if cell.probes.throughput or cell.probes.memory:
             roles["probe"] = self._probe(cell)
         return roles
-
-
-def control_settings(cell: Cell) -> dict[str, Any]:
-    """What a control is matched to: the parts of cell `of` that have parameters, and D's steps where they are added."""
-    other = cell.control_of
-    recover = other.restoring.recover
-    found = {
-        "control": cell.restoring.control,
-        "pet": {"method": other.pet.method, **other.pet.fields},
-        "recover": {"r": recover.r} if recover else None,
-    }
-    if cell.restoring.control == "longer":
-        found["extra_steps"] = cell.dense.train.steps
-    return found
-
-
-def order_settings(train: TrainSettings) -> dict[str, Any]:
-    """What of the training settings says which documents are visited."""
-    found = {k: getattr(train, k) for k in ("steps", "batch", "documents", "order_seed", "max_tokens")}
-    if train.batch_tokens:
-        found["batch_tokens"] = train.batch_tokens
-    if train.early_stop:
-        found["early_stop"] = {"documents": train.early_stop.documents}
-    return found
-
-
-def _content(path: Path) -> str:
-    from .store import sha256_file
-
-    if not path.is_file():
-        raise InputError(f"There is no file {path}.", key="jsonl")
-    with path.open("rb") as lines:
-        if not any(line.strip() for line in lines):  # stops at the first row
-            message = f'{path} has no rows; a row is a line such as {{"prompt": ..., "completion": ...}}'
-            raise InputError(message, key="jsonl")
-    return sha256_file(path)

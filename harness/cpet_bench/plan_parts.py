@@ -1,0 +1,47 @@
+"""Parts of the settings of steps: what of a control, a training or a file they depend on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .cells import Cell
+from .errors import InputError
+from .settings import TrainSettings
+
+
+def control_settings(cell: Cell) -> dict[str, Any]:
+    """What a control is matched to: the parts of cell `of` that have parameters, and D's steps where they are added."""
+    other = cell.control_of
+    recover = other.restoring.recover
+    found = {
+        "control": cell.restoring.control,
+        "pet": {"method": other.pet.method, **other.pet.fields},
+        "recover": {"r": recover.r} if recover else None,
+    }
+    if cell.restoring.control == "longer":
+        found["extra_steps"] = cell.dense.train.steps
+    return found
+
+
+def order_settings(train: TrainSettings) -> dict[str, Any]:
+    """What of the training settings says which documents are visited."""
+    found = {k: getattr(train, k) for k in ("steps", "batch", "documents", "order_seed", "max_tokens")}
+    if train.batch_tokens:
+        found["batch_tokens"] = train.batch_tokens
+    if train.early_stop:
+        found["early_stop"] = {"documents": train.early_stop.documents}
+    return found
+
+
+def content_of(path: Path) -> str:
+    """Hash of a file of training rows; InputError where there is none, or no row in it."""
+    from .store import sha256_file
+
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.", key="jsonl")
+    with path.open("rb") as lines:
+        if not any(line.strip() for line in lines):  # stops at the first row
+            message = f'{path} has no rows; a row is a line such as {{"prompt": ..., "completion": ...}}'
+            raise InputError(message, key="jsonl")
+    return sha256_file(path)
