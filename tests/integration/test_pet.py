@@ -127,6 +127,25 @@ def test_what_needs_more_than_virtual_tokens_is_unsupported_and_says_why(folders
         methods.attach(load_model(folders["llama"]), pet)
 
 
+def test_no_method_adds_to_the_layers_of_the_blocks(folders):
+    """What recovery sits beside are the model's own layers, whatever linear layers a PET method brings along."""
+    from cpet_bench.doctor_tries import FIELDS
+    from cpet_bench.models.arch import block_linears
+    from cpet_bench.pet.catalogue import pet_methods
+
+    model, tried, wrong = load_model(folders["llama"]), 0, []
+    layers = list(map(id, block_linears(model).values()))
+    for method in pet_methods():
+        try:
+            methods.attach(model, PetSettings(method=method, **FIELDS.get(method, {})))
+        except Unsupported:
+            continue
+        wrong += [method] if list(map(id, block_linears(model).values())) != layers else []
+        tried += 1
+        methods.detach(model)
+    assert not wrong and tried > 30
+
+
 def test_a_saved_adapter_that_does_not_fit(folders, tmp_path):
     """PEFT passes over shapes that differ (its issue 1746); here they are named."""
     model = load_model(folders["llama"])

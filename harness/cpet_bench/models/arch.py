@@ -34,7 +34,13 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers of the encoder's and decoder's blocks by name; never the head, the embeddings or an adapter's own."""
     found = {}
     for blocks in block_lists(model):
+        wrappers: list[str] = []  # PEFT's: of what they hold only the layer itself counts, whatever a method calls its own
         for name, module in model.get_submodule(blocks).named_modules():
+            if any(name.startswith(w) and not f"{name}.".startswith(f"{w}base_layer.") for w in wrappers):
+                continue
+            if "base_layer" in module._modules:
+                wrappers.append(f"{name}.")
+                continue
             if any(part.startswith(_ADAPTER_PARTS) for part in name.split(".")):
                 continue
             if is_linear(module):
