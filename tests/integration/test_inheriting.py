@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compressed import compress as run_backend
 from compressed import documents
@@ -70,7 +70,8 @@ def shaken(model):
 def train_d(folder, out, arch, **pet):
     """A PET module with weights that are not those of the start, on the dense model; saved in `out`."""
     model = load_model(folder)
-    methods.attach(model, PetSettings(**{"method": "lora", "target_modules": EVERY[arch], **pet}))
+    given = {"method": "lora", "target_modules": EVERY[arch], **pet}
+    methods.attach(model, PetSettings(**{k: v for k, v in given.items() if v is not None}))
     shaken(model)
     methods.save(model, out)
     return out
@@ -143,6 +144,9 @@ CASES = [
     ("llama", {"method": "oft", "oft_block_size": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]}),
     ("llama", {"method": "adalora", "init_r": 3, "total_step": 10}),
     ("llama", {"method": "ln_tuning", "target_modules": ["input_layernorm", "post_attention_layernorm"]}),
+    ("llama", {"method": "full", "target_modules": None}),
+    ("gpt2", {"method": "full", "target_modules": None}),
+    ("gpt2", {"method": "bitfit", "target_modules": None}),
     ("gpt2", LORA),
     ("gpt2", {**LORA, "bias": "all"}),
     ("gpt2", {**LORA, "use_dora": True}),
@@ -184,6 +188,8 @@ DEEP = [
         },
     ),
     ("llama", [0], {"method": "vera", "r": 3, "target_modules": ["q_proj", "o_proj"]}),
+    ("llama", [2], {"method": "nola", "k": 16, "r": 2, "lora_alpha": 40, "target_modules": ["q_proj", "down_proj"]}),
+    ("gpt2", [1], {"method": "full", "target_modules": None}),
     ("gpt2", [1, 2], LORA),
     ("t5", [1, 3], LORA),
 ]
@@ -227,25 +233,6 @@ def test_prefixes_of_the_blocks_that_are_left(folders, pruned, tmp_path):
         same(answer_with(PeftModel.from_pretrained(short, str(tmp_path / "cut")).eval()), wanted)
         assert (wanted - plain).abs().max() > 1e-3
     with pytest.raises(Unsupported, match="self_attn.q_proj lost heads; do not inherit"):
-        cut(pruned["llama"][0], tmp_path / "d", tmp_path / "cut")
-
-
-def test_coefficients_of_nola_go_with_their_layers(folders, pruned, tmp_path):
-    (tmp_path / "d").mkdir()
-    names = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(4) for kind in ("up", "down")]
-    given = {f"{n}.{c}": torch.randn(5) for n in names for c in ("alpha", "beta")}
-    save_file(given, tmp_path / "d/nola.safetensors")
-    settings = {"k": 5, "r": 2, "lora_alpha": 2, "seed": 3}
-    (tmp_path / "d/nola.json").write_text(json.dumps({"settings": settings, "layers": dict.fromkeys(names, [32, 48])}))
-    run_backend(Depth, folders / "llama", tmp_path / "c", drop=[1])
-    facts = cut(tmp_path / "c", tmp_path / "d", tmp_path / "cut")
-    assert facts == {"tensors": {"cut": 0, "renamed": 8, "gone": 4}, "parameters": [80, 60]}
-    found = load_file(tmp_path / "cut/nola.safetensors")
-    text = json.loads((tmp_path / "cut/nola.json").read_text())
-    assert text["settings"] == settings and set(text["layers"]) == {n.rpartition(".")[0] for n in found} and len(found) == 12
-    for here, there in enumerate((0, 2, 3)):
-        assert torch.equal(found[f"model.layers.{here}.mlp.up_proj.beta"], given[f"model.layers.{there}.mlp.up_proj.beta"])
-    with pytest.raises(Unsupported, match="random bases go with a layer's width, which model.layers.0.mlp.up_proj lost"):
         cut(pruned["llama"][0], tmp_path / "d", tmp_path / "cut")
 
 
@@ -337,6 +324,7 @@ def test_extended_after_the_cut(folders, pruned, tmp_path):
     ("pet", "says"),
     [
         ({"method": "lokr", "r": 3}, "LOKR: model.layers.0.* cannot be cut"),
+        ({"method": "nola", "k": 8, "target_modules": ["up_proj"]}, "width, which model.layers.0.mlp.up_proj lost"),
         ({"method": "vera", "r": 3, "target_modules": ["q_proj"]}, "vera_lambda_b cannot be cut: the layer lost outputs"),
         ({"method": "oft", "oft_block_size": 8}, r"(o|down)_proj.oft_R.\w+ cannot be cut: the layer lost inputs"),
         ({**LORA, "use_dora": True}, "say use_dora: true"),

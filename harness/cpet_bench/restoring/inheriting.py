@@ -88,6 +88,8 @@ def cut_adapter(folder: Path, model: nn.Module, cuts: Cuts, out: Path, dense: Pa
 
     if Path(folder, "nola.json").is_file():
         return _cut_nola(Path(folder), cuts, Path(out))
+    if Path(folder, "whole.json").is_file():
+        return _cut_whole(Path(folder), model, cuts, Path(out))
     config = json.loads(Path(folder, "adapter_config.json").read_text())
     given = load_file(Path(folder, "adapter_model.safetensors"))
     written: dict[str, torch.Tensor] = {}
@@ -102,7 +104,7 @@ def cut_adapter(folder: Path, model: nn.Module, cuts: Cuts, out: Path, dense: Pa
         found, value = cuts.layer(here), tensor
         if found:
             layer, rest = found
-            value = _cut(tensor, cuts.layers[layer], rest, f"{config.get('peft_type')}: {name}")
+            value = _cut(tensor, cuts.layers[layer], _dims(tensor, rest), f"{config.get('peft_type')}: {name}")
             if rest in MAGNITUDE and cuts.layers[layer].inputs is not None:
                 value = value * _norm_left(given, key, config, cuts.layers[layer], weights)
         elif name == "prompt_embeddings" and config.get("peft_type") == "PREFIX_TUNING":
@@ -122,14 +124,16 @@ def cut_adapter(folder: Path, model: nn.Module, cuts: Cuts, out: Path, dense: Pa
     return {"tensors": counts, "parameters": sizes}
 
 
-def _cut(tensor: torch.Tensor, cut: Cut, rest: str, what: str) -> torch.Tensor:
-    """`tensor`, called `rest` below its layer, without the layer's inputs and outputs that are gone."""
+def _dims(tensor: torch.Tensor, rest: str) -> tuple[Any, Any]:
+    """The dimensions of PEFT's tensor, called `rest` below its layer, that count the layer's outputs and its inputs."""
     if rest == "ia3_l":
-        outputs, inputs = (0, None) if tensor.shape[1] == 1 else (None, 1)
-    elif rest in MAGNITUDE:
-        outputs, inputs = tensor.dim() - 1, None
-    else:
-        outputs, inputs = SLICES.get(rest, (REFUSED, REFUSED))
+        return (0, None) if tensor.shape[1] == 1 else (None, 1)
+    return (tensor.dim() - 1, None) if rest in MAGNITUDE else SLICES.get(rest, (REFUSED, REFUSED))
+
+
+def _cut(tensor: torch.Tensor, cut: Cut, dims: tuple[Any, Any], what: str) -> torch.Tensor:
+    """`tensor`, whose `dims` count its layer's outputs and inputs, without those that are gone."""
+    outputs, inputs = dims
     dim, kept = (outputs, cut.outputs) if cut.outputs is not None else (inputs, cut.inputs)
     if dim is None:
         return tensor
@@ -163,6 +167,33 @@ def _cut_prefix(tensor: torch.Tensor, config: dict[str, Any], cuts: Cuts) -> tup
         raise StepFailed(f"its prefix is for {before} blocks, and the dense model has others: {sorted(cuts.before.values())}")
     index = torch.tensor(kept)
     return tensor.view(len(tensor), before, -1).index_select(1, index).flatten(1), {"num_layers": len(kept)}
+
+
+def _cut_whole(folder: Path, model: nn.Module, cuts: Cuts, out: Path) -> dict[str, Any]:
+    """Differences to weights and biases (full fine-tuning, BitFit), without the inputs and outputs that are gone."""
+    from safetensors.torch import load_file, save_file
+    from transformers.pytorch_utils import Conv1D
+
+    about, given = json.loads((folder / "whole.json").read_text()), load_file(folder / "whole.safetensors")
+    names = {was: here for was in given if (here := cuts.renamed(was))}
+    written, count = {}, 0
+    for was, here in names.items():
+        value, found = given[was], cuts.layer(here)
+        if found:
+            layer, part = found
+            conv = isinstance(model.get_submodule(layer), Conv1D)  # keeps its weight as inputs x outputs
+            dims = (0, None) if part == "bias" else (1, 0) if conv else (0, 1)
+            value = _cut(value, cuts.layers[layer], dims, f"{about['method']}: {was}")
+        count += value.shape != given[was].shape
+        written[here] = value.contiguous()
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(written, out / "whole.safetensors", metadata={"format": "pt"})
+    about["shapes"] = {name: list(value.shape) for name, value in written.items()}
+    about |= {key: [names[was] for was in about[key] if was in names] for key in ("zeros", "added")}
+    (out / "whole.json").write_text(json.dumps(about, indent=1) + "\n")
+    sizes = [sum(t.numel() for t in tensors.values()) for tensors in (given, written)]
+    renamed = sum(was != here for was, here in names.items())
+    return {"tensors": {"cut": count, "renamed": renamed, "gone": len(given) - len(written)}, "parameters": sizes}
 
 
 def _cut_nola(folder: Path, cuts: Cuts, out: Path) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def block_states(states: States, seen: Mapping[str, list[torch.Tensor]]) -> dict
     for part, outputs in seen.items():
         for number, hidden in enumerate(outputs):
             mask = states.layers[part][1]
+            hidden = hidden[:, hidden.shape[1] - mask.shape[1] :]  # virtual tokens stand before the real ones
             found[f"{part}/{number}"] = distilled(States(states.rows, hidden, mask, {part: (hidden, mask)}), part)
     return found
 
