@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_pet import shake
 
-from cpet_bench.errors import Unsupported
+from cpet_bench.errors import InputError, Unsupported
 from cpet_bench.evaluation.batching import batches as score_batches
 from cpet_bench.evaluation.batching import pieces, rows_of
 from cpet_bench.evaluation.forward import Scorer
@@ -24,7 +24,7 @@ METHODS = {
     "prefix_tuning": {"num_virtual_tokens": 5},
 }
 ARCHS = ("llama", "gpt2", "t5")
-CASES = [(a, m) for a in ARCHS for m in METHODS if (a, m) != ("t5", "prefix_tuning")]
+CASES = [(a, m) for a in ARCHS for m in METHODS]
 IDS = torch.randint(5, 200, (3, 11), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 MASK[1, 7:] = 0  # padded on the right
@@ -176,8 +176,13 @@ def test_steps_through_a_cache_are_whole_passes(folders, tuned):
 
 
 def test_what_cannot_be_is_refused(folders, tuned):
-    with pytest.raises(Unsupported, match="prefix tuning of encoder-decoder"):
-        methods.attach(load_model(folders["t5"]), PetSettings(method="prefix_tuning", num_virtual_tokens=5))
+    with pytest.raises(Unsupported, match="no decoder input"):
+        methods.attach(load_model(folders["t5"]), PetSettings(method="multitask_prompt_tuning", num_virtual_tokens=5))
+    other = load_model(folders["gpt2"])
+    with pytest.raises(InputError, match=r"pet\.num_virtual_tokens"):
+        methods.attach(other, PetSettings(method="p_tuning"))
+    with pytest.raises(Unsupported, match=r"keys of width 32 .*c_attn makes 64; .*token_dim"):
+        methods.attach(other, PetSettings(method="prefix_tuning", num_virtual_tokens=5, token_dim=32))
     model = load_model(folders["llama"])
     methods.attach_saved(model, tuned["llama", "prompt_tuning"], trainable=False)
     with pytest.raises(Unsupported, match="one module at a time"):

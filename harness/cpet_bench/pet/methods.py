@@ -146,7 +146,7 @@ def save(model: nn.Module, folder: Path, name: str = "default") -> None:
     state = _state(wrapper, name)
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = _plain(wrapper.peft_config[name].to_dict())
+    settings = prompts.portable(_plain(wrapper.peft_config[name].to_dict()))
     # The base's folder on this machine means nothing elsewhere, and would make equal adapters differ.
     settings |= {"inference_mode": True, "base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -217,6 +217,8 @@ def _config(model: nn.Module, pet: PetSettings, targets: dict[str, int] | None):
         given = {**given, "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"}
     if "fan_in_fan_out" in allowed and "fan_in_fan_out" not in given:
         given = {**given, "fan_in_fan_out": any(isinstance(m, Conv1D) for m in block_linears(model).values())}
+    if given.get("prompt_tuning_init") == "TEXT" and "tokenizer_name_or_path" not in given:
+        given = {**given, "tokenizer_name_or_path": model.name_or_path}
     try:
         config = cls(**given)
     except (TypeError, ValueError) as error:

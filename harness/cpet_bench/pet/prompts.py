@@ -2,8 +2,8 @@
 
 PEFT puts the virtual tokens into its wrapper's forward. Training and scoring run the blocks of the bare model, so here it is
 the model's trunk that gets them: whoever runs it gives and gets the documents' own tokens, positions and masks, and the
-virtual tokens stand in front of them (arXiv 2104.08691, 2103.10385) or in the keys and values (arXiv 2101.00190). A cache
-that holds tokens has the virtual ones among them already. Prompts and their encoders stay PEFT's.
+virtual tokens stand in front of them (arXiv 2104.08691, 2103.10385, 2303.02861) or in the keys and values (arXiv
+2101.00190). A cache that holds tokens has the virtual ones among them already. Prompts and their encoders stay PEFT's.
 """
 
 from __future__ import annotations
@@ -14,23 +14,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import Unsupported
-from ..models.arch import body
+from ..errors import InputError, Unsupported
+from ..models.arch import block_linears, body, features
 
 _KEPT = "_cpet_prompts"  # attribute of the model: the trunks whose forward was replaced
 PREFIX = ("PREFIX_TUNING",)
-IN_FRONT = ("PROMPT_TUNING", "P_TUNING")
+MULTITASK = ("MULTITASK_PROMPT_TUNING",)
+IN_FRONT = ("PROMPT_TUNING", "P_TUNING", *MULTITASK)
 
 
 def prepare(model: nn.Module, config) -> None:
-    """Fill in what PEFT would choose too widely; Unsupported for what cannot be run this way."""
+    """Fill in what PEFT would choose too widely; Unsupported for what cannot be run this way, InputError without a number."""
     kind = config.peft_type.value
     if kind not in (*PREFIX, *IN_FRONT):
         raise Unsupported(f"PEFT's {kind} needs more than virtual tokens: its forward is not run here")
+    count = config.num_virtual_tokens
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(
+            f"{type(config).__name__} needs a number of virtual tokens of at least 1.",
+            key="pet.num_virtual_tokens",
+            given=str(count),
+        )
+    if kind in IN_FRONT and config.token_dim is None:  # PEFT takes the blocks' width; some OPT models' embeddings are narrower
+        config.token_dim = model.get_input_embeddings().weight.shape[1]
     if not model.config.is_encoder_decoder:
         return
+    if kind in MULTITASK:
+        raise Unsupported("PEFT's MULTITASK_PROMPT_TUNING passes an encoder-decoder model no decoder input")
     if kind in PREFIX:
-        raise Unsupported("prefix tuning of encoder-decoder models is not supported: prompt tuning and P-tuning are")
+        if config.num_layers is None:  # PEFT takes the encoder's number, and the prefix is the decoder's
+            config.num_layers = len(_key_widths(model)) or None
+        return
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 1  # PEFT runs the encoder's virtual tokens alone, and would save twice as many
 
@@ -40,6 +54,8 @@ def install(model: nn.Module, wrapper: nn.Module, name: str) -> None:
     if hasattr(model, "cpet_prompt"):
         raise Unsupported("a model takes the virtual tokens of one module at a time")
     config = wrapper.peft_config[name]
+    if config.peft_type.value in PREFIX:
+        _check_prefix(model, config)
     model.cpet_prompt = wrapper.prompt_encoder[name]
     replaced = model.__dict__[_KEPT] = {"count": config.num_virtual_tokens, "trunks": []}
     if not model.config.is_encoder_decoder:
@@ -48,6 +64,9 @@ def install(model: nn.Module, wrapper: nn.Module, name: str) -> None:
         _replace(replaced, trunk, run(trunk, trunk.forward, wrapper, config.num_virtual_tokens))
         return
     encoder, decoder = model.get_encoder(), model.get_decoder()
+    if config.peft_type.value in PREFIX:
+        _replace(replaced, decoder, _with_prefix(decoder, decoder.forward, wrapper, config.num_virtual_tokens))
+        return
     _replace(replaced, encoder, _with_prompt(encoder, encoder.forward, wrapper, config.num_virtual_tokens, cut=False))
     _replace(replaced, decoder, _seeing_all(decoder.forward, config.num_virtual_tokens))
 
@@ -70,6 +89,55 @@ def detach(model: nn.Module) -> None:
 def virtual_tokens(model: nn.Module) -> int:
     """How many positions virtual tokens take in front of every sequence."""
     return model.__dict__.get(_KEPT, {}).get("count", 0)
+
+
+def in_front(model: nn.Module) -> dict[str, int]:
+    """Virtual tokens that run through the blocks of each part of the model with every row; a prefix's do not."""
+    found = {"decoder": 0, "encoder": 0}
+    if virtual_tokens(model) and type(model.cpet_prompt).__name__ != "PrefixEncoder":
+        found["encoder" if model.config.is_encoder_decoder else "decoder"] = virtual_tokens(model)
+    return found
+
+
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's settings without a start that needs files of this machine: the saved tokens are loaded over it."""
+    if settings.get("prompt_tuning_init") in (None, "RANDOM", "SAMPLE_VOCAB"):
+        return settings
+    gone = ("tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text", "prompt_tuning_init_state_dict_path")
+    return settings | {"prompt_tuning_init": "RANDOM"} | {key: None for key in gone if key in settings}
+
+
+def _key_widths(model: nn.Module) -> dict[str, int]:
+    """Width of the keys of each block that a prefix goes to, as far as the layer's name tells it."""
+    found = {}
+    for name, module in block_linears(model).items():
+        *path, last = name.split(".")
+        if model.config.is_encoder_decoder and ("decoder" not in path or path[-1] not in ("SelfAttention", "self_attn")):
+            continue
+        if last in ("k", "k_proj", "c_attn"):
+            found[name] = features(module)[1] // (3 if last == "c_attn" else 1)  # GPT-2 has queries, keys, values in one
+    return found
+
+
+def _check_prefix(model: nn.Module, config) -> None:
+    """PEFT gives each block's cache keys of one shape, and a misfit would show as torch's error in the first pass."""
+    widths = _key_widths(model)
+    wrong = next((name for name, width in widths.items() if width != config.token_dim), None)
+    if wrong:
+        raise Unsupported(
+            f"its prefix has keys of width {config.token_dim} for every block, and {wrong} makes {widths[wrong]}; where all "
+            "blocks have one width, `token_dim` (heads x head width) and `num_attention_heads` of `pet:` may say it"
+        )
+    if widths and len(widths) != config.num_layers:
+        raise Unsupported(f"its prefix is for {config.num_layers} blocks, and the model has {len(widths)}")
+
+
+def _tokens(wrapper, rows: int):
+    """What PEFT makes of its weights for so many rows: embeddings (rows x tokens x width), or a cache."""
+    if wrapper.active_peft_config.peft_type.value not in MULTITASK:
+        return wrapper.get_prompt(batch_size=rows)
+    device = wrapper.prompt_encoder[wrapper.active_adapter].embedding.weight.device
+    return wrapper.get_prompt(rows, task_ids=torch.zeros(rows, dtype=torch.long, device=device))  # a cell has one task
 
 
 def _length(cache) -> int:
@@ -105,7 +173,7 @@ def _with_prompt(trunk: nn.Module, forward, wrapper, count: int, cut: bool = Tru
         embeddings = given.pop("inputs_embeds", None)
         if embeddings is None:
             embeddings = trunk.get_input_embeddings()(input_ids)
-        prompt = wrapper.get_prompt(batch_size=len(embeddings))[:, :count].to(embeddings.device, embeddings.dtype)
+        prompt = _tokens(wrapper, len(embeddings))[:, :count].to(embeddings.device, embeddings.dtype)
         if given.get("position_ids") is not None:
             first = torch.arange(count, device=embeddings.device).expand(len(embeddings), -1)
             given["position_ids"] = torch.cat([first, given["position_ids"]], dim=1)
@@ -129,12 +197,14 @@ def _with_prefix(trunk: nn.Module, forward, wrapper, count: int):
             if trunk.training and getattr(trunk, "gradient_checkpointing", False):
                 raise Unsupported("prefix tuning and gradient checkpointing exclude each other: both use the cache")
             rows = len(input_ids if input_ids is not None else given["inputs_embeds"])
-            prefix = wrapper.get_prompt(batch_size=rows)
+            prefix = _tokens(wrapper, rows)
             if cache is None:
                 given["past_key_values"] = prefix
             else:
-                for number, layer in enumerate(prefix.layers):
-                    cache.update(layer.keys, layer.values, number)
+                # An encoder-decoder model's cache has another one inside for what its decoder read itself.
+                into, source = (getattr(c, "self_attention_cache", c) for c in (cache, prefix))
+                for number, layer in enumerate(source.layers):
+                    into.update(layer.keys, layer.values, number)
         return forward(input_ids=input_ids, **given)
 
     return run
