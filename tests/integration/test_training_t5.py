@@ -20,6 +20,7 @@ from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
 from cpet_bench.restoring import recover
 from cpet_bench.restoring.distill import teacher_features
+from cpet_bench.results.validate import validate
 from cpet_bench.settings import DistillSettings, PetSettings, RecoverSettings, TrainSettings
 from cpet_bench.training import train
 
@@ -199,3 +200,31 @@ def test_scores_after_training_are_transformers_own(folders, tmp_path):
         wanted = sum(float(logp[i, token].detach()) for i, token in enumerate(answer))
         assert row["logprob"] == pytest.approx(wanted, rel=1e-5, abs=1e-5), (d["document"], answer)
         assert row["greedy"] is (logp.argmax(-1).tolist() == list(answer))
+
+
+MATRIX = """
+name: t5
+model: {tiny: {source: "tiny:t5"}}
+compression: {half: {backend: magnitude, pattern: "2:4"}}
+pet: {lora: {method: lora, r: 4, target_modules: [q, k]}}
+restoring: {cpet: {inherit: true, recover: {r: 4}, distill: {hidden: last_block_input}}}
+train: {steps: 12, lr: 5e-3, batch_tokens: 600, early_stop: {every: 2, patience: 2, documents: 16}}
+probes: {throughput: false, memory: false}
+include: [{compression: half, pet: lora, restoring: cpet}]
+"""
+
+
+def test_the_whole_way_from_a_matrix_to_a_record(cli):
+    done = cli("run", cli.matrix(MATRIX), "--no-page")
+    assert done.returncode == 0, done.stderr
+    ((name, record),) = cli.records("t5").items()
+    training = record["training"]
+    curve = pq.read_table(cli.folder / f"runs/t5/losses/{name}.parquet").to_pylist()
+    assert curve == training["losses"] and len(curve) == training["steps"]
+    both = [line["distill_encoder"] + line["distill_decoder"] for line in curve]
+    assert both == pytest.approx([line["distill"] for line in curve], rel=1e-5) and min(both) > 0
+    looks = [line["validation"] for line in curve if line["validation"] is not None]
+    assert len(looks) >= 3 and min(looks) == training["early_stop"]["best_loss"] < 0.6
+    assert training["batches"]["tokens"] == 600 and training["inherited"]["steps"] > 0
+    assert record["metrics"]["log_loss"]["value"] < 0.6  # of two labels; a guess has 0.69
+    assert validate(cli.folder / "runs/t5").faults == []
