@@ -19,9 +19,9 @@ def documents(count=24, longest=60, seed=0):
     return [[3 + int(290 * rng.random() ** 3) for _ in range(rng.randint(2, longest))] for _ in range(count)]
 
 
-def compress(backend, source: Path, out: Path, examples=None, **settings):
+def compress(backend, source: Path, out: Path, examples=None, device="cpu", **settings):
     """Facts of a backend run as its step runs it."""
-    how = {"device": "cpu", "dtype": "float32", "progress": lambda done, total, text: None}
+    how = {"device": device, "dtype": "float32", "progress": lambda done, total, text: None}
     return backend.compress(source, out, backend.Settings(**settings), examples=examples, **how)
 
 

@@ -6,7 +6,6 @@ libraries print goes to the step's log. It ends when its input closes, so that i
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import json
@@ -24,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .devices import give_back
 from .errors import InputError, StepFailed, StopError, Stopping, Unsupported
 from .models.loading import allow_code
 from .steps import KINDS
@@ -200,13 +200,10 @@ def _not_ours(error: BaseException) -> bool:
 def reset_peak(devices: Sequence[str]) -> None:
     """Start counting peak memory anew: of these devices, and of this process where the system can reset it.
 
-    What earlier steps freed goes back to the system first (glibc keeps it, and it would be counted as this step's).
+    What earlier steps freed goes back to the system first, or it would be counted as this step's.
     """
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        pass
+    give_back()
     for device in devices:
         if device.startswith("cuda"):
             import torch

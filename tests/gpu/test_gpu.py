@@ -34,6 +34,34 @@ def test_gptq_on_a_gpu(cli):
     assert losses[1:] == pytest.approx([losses[0]] * 2, abs=0.2)
 
 
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_block_by_block_wherever_hidden_states_wait(tmp_path, monkeypatch, arch):
+    """SparseGPT on a GPU gives the same files from the whole model, with hidden states left there, and with them on the CPU."""
+    from compressed import compress, documents
+    from cpet_bench import registry
+    from cpet_bench.compression import streaming
+    from cpet_bench.models import tiny
+
+    tiny.make(arch, tiny.DEFAULTS, tmp_path / "model")
+    backend, found = registry.get("compression", "sparsegpt"), []
+    for home in ("cuda:0", "cpu", None):
+        if home:
+            monkeypatch.setattr(streaming.Streamed, "home", lambda self, home=home: home)
+        else:
+            monkeypatch.setattr(streaming, "matched", _no)
+        out = tmp_path / str(home)
+        facts = compress(backend, tmp_path / "model", out, documents(), "cuda:0", pattern="2:4")
+        assert facts["streamed"] is bool(home)
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
+def _no(*args):
+    from cpet_bench.compression.streaming import NotStreamed
+
+    raise NotStreamed("the test says so")
+
+
 def test_float32_says_the_same_as_on_a_processor(smoke, cli):
     """Without TF32 a dense model's log-probabilities differ by rounding alone."""
     matrix = cli.matrix("name: gpu\ndevice: {devices: [\"cuda:0\"], dtype: float32, tf32: false}\n")

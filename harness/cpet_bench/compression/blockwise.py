@@ -2,13 +2,15 @@
 
 The loop that Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) share. As in the authors' code,
 the layers of one block are all observed before any of them is changed, unless they are asked for in turn. Of an encoder-decoder
-model the encoder's blocks come first; the decoder then reads the encoder as it is by then.
+model the encoder's blocks come first; the decoder then reads what the encoder gives by then. A block has its weights only while
+it is at work (streaming.py).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
@@ -16,20 +18,21 @@ from ..errors import Unsupported
 if TYPE_CHECKING:
     import torch
 
+    from .streaming import Whole
+
 OTHERS = "magnitude and rtn read no text and work"
 TOKENS = 4096  # padded tokens a batch of calibration documents has at most
 
 
 def change_blocks(
-    model,
-    layers: dict[str, Any],
+    opened: Whole,
     examples: list[list[int]],
     observe: Callable[[Any, torch.Tensor], Any],
     change: Callable[[dict[str, Any], Any], None],
     progress: Callable[[int, int, str], None],
     in_turn: bool = False,
 ) -> None:
-    """Change `layers` (all linear layers of the blocks, by name) of `model` in place.
+    """Change all linear layers of the blocks of an opened model.
 
     observe: (statistic so far or None, x) -> statistic; x is (tokens x in) in fp32, padding left out.
     change: called with the layers that read the very same input (q, k, v; gate, up) and its statistic.
@@ -44,25 +47,34 @@ def change_blocks(
 
     from ..models.arch import block_lists
 
+    model, device = opened.model, opened.device
     lists = block_lists(model)
     total, done = sum(len(model.get_submodule(name)) for name in lists), 0
+    ended: dict[str, list[Any]] = {}
     with torch.no_grad():
         for name in lists:
             blocks = model.get_submodule(name)
             kinds = _kinds(model, len(blocks))
-            batches = first_inputs(model, blocks, examples)
+            batches = first_inputs(opened, name, examples, ended)
+            if name == lists[-1]:
+                ended.clear()
             for i, block in enumerate(blocks):
-                mine = {n: m for n, m in layers.items() if n.startswith(f"{name}.{i}.")}
-                sets = [mine]
-                if in_turn:
-                    sets = [group for group, _ in _observed(block, kinds[i], mine, batches[:1], lambda *_: None)]
-                for some in sets:
-                    for group, statistic in _observed(block, kinds[i], some, batches, observe):
-                        change(group, statistic)
-                done += 1
-                if i + 1 < len(blocks):
-                    for batch in batches:
-                        batch["hidden"] = run_block(block, batch, kinds[i])
+                with opened.held(f"{name}.{i}"):
+                    mine = {n: m for n, m in opened.layers.items() if n.startswith(f"{name}.{i}.")}
+                    sets = [mine]
+                    if in_turn:
+                        looked = _observed(block, kinds[i], mine, batches[:1], lambda *_: None, device)
+                        sets = [group for group, _ in looked]
+                    for some in sets:
+                        found = _observed(block, kinds[i], some, batches, observe, device)
+                        while found:  # each statistic may be as large as a layer
+                            change(*found.pop(0))
+                    done += 1
+                    if i + 1 < len(blocks):
+                        for batch in batches:
+                            batch["hidden"] = run_block(block, batch, kinds[i], device)[0]
+                    elif name != lists[-1]:
+                        ended[name] = [run_block(block, batch, kinds[i], device) for batch in batches]
                 progress(done, total, f"block {done} of {total}")
 
 
@@ -72,7 +84,9 @@ def _kinds(model, blocks: int) -> list[int]:
     return [types.index(kind) for kind in types] if len(types) == blocks else [0] * blocks
 
 
-def _observed(block, kind: int, layers: dict[str, Any], batches: list[dict[str, Any]], observe) -> list[tuple[dict, Any]]:
+def _observed(
+    block, kind: int, layers: dict[str, Any], batches: list[dict[str, Any]], observe, device: str | None
+) -> list[tuple[dict, Any]]:
     """Groups of layers that read one tensor, each with the statistic of it over all batches."""
     leader: dict[str, str] = {}
     statistics: dict[str, Any] = {}
@@ -101,7 +115,7 @@ def _observed(block, kind: int, layers: dict[str, Any], batches: list[dict[str, 
     try:
         for batch in batches:
             now["real"] = batch["real"]
-            run_block(block, batch, kind)
+            run_block(block, batch, kind, device)
             alive.clear()
     finally:
         for hook in hooks:
@@ -112,19 +126,25 @@ def _observed(block, kind: int, layers: dict[str, Any], batches: list[dict[str, 
     return [({n: layers[n] for n in layers if leader[n] == name}, found) for name, found in statistics.items()]
 
 
-def first_inputs(model, blocks, examples: list[list[int]]) -> list[dict[str, Any]]:
-    """What enters the first of `blocks`, batch by batch, with the other arguments the model gives its blocks.
+def first_inputs(opened: Whole, name: str, examples: list[list[int]], ended: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """What enters the first block of the list `name`, batch by batch, with the other arguments the model gives its blocks.
+
+    ended: by list of blocks before this one, what its last block gives for each batch; its blocks are not run again.
 
     Each batch: `hidden` (rows x positions x width), `real` (rows x positions, true at tokens), and `rest`, by the first block
-    of each kind the other arguments by name.
+    of each kind the other arguments by name. They are where `opened.home` says.
     """
     from ..models.arch import body
     from ..models.passes import text_inputs
+
+    model = opened.model
+    blocks = model.get_submodule(name)
 
     class Caught(Exception):
         pass
 
     kinds = sorted(set(_kinds(model, len(blocks))))
+    between = [f"{name}.{i}" for i in range(kinds[-1])]
     batch: dict[str, Any] = {}
 
     def catch(kind: int):
@@ -144,13 +164,14 @@ def first_inputs(model, blocks, examples: list[list[int]]) -> list[dict[str, Any
     handles = [blocks[kind].register_forward_pre_hook(catch(kind), with_kwargs=True) for kind in kinds]
     found = []
     try:
-        for group in grouped(examples):
+        for number, group in enumerate(grouped(examples)):
             arguments, real = text_inputs(model, group)
             batch = {"real": real, "rest": {}}
             try:
-                body(model)(**arguments)
+                with opened.passed(between), _replayed(opened, {k: v[number] for k, v in ended.items()}):
+                    body(model)(**arguments)
             except Caught:
-                found.append(batch)
+                found.append(moved(batch, opened.home()))
     finally:
         for handle in handles:
             handle.remove()
@@ -167,16 +188,46 @@ def grouped(examples: list[list[int]]) -> list[list[list[int]]]:
     return groups
 
 
-def run_block(block, batch: dict[str, Any], kind: int = 0) -> torch.Tensor:
-    """The block's output hidden states for one batch of `first_inputs`; `kind` is the first block of its kind.
+@contextmanager
+def _replayed(opened: Whole, ended: dict[str, Any]) -> Iterator[None]:
+    """Within this the blocks of the lists in `ended` give what it holds for them, whatever they are given."""
+    with ExitStack() as stack:
+        for name, output in ended.items():
+            here = moved(output, opened.device)
+            for block in opened.model.get_submodule(name):
+                before = block.__dict__.get("forward")  # accelerate's, of a model spread over several devices
+                if before:
+                    stack.callback(setattr, block, "forward", before)
+                block.forward = lambda *args, here=here, **kwargs: here
+                stack.callback(block.__dict__.pop, "forward")
+        yield
 
+
+def moved(value: Any, device: str | torch.device | None) -> Any:
+    """`value` with the tensors in it, at any depth, on `device` (None: where they are)."""
+    import torch
+
+    if device is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: moved(v, device) for k, v in value.items()}
+    return type(value)(moved(v, device) for v in value) if type(value) in (tuple, list) else value
+
+
+def run_block(block, batch: dict[str, Any], kind: int = 0, device: str | None = None) -> tuple:
+    """What the block gives for one batch of `first_inputs`, the hidden states first; `kind` is the first block of its kind.
+
+    device: where the batch goes for it (None: where it is); the result is where the batch was.
     T5's first block makes the position biases that all others are given: they stay in the batch.
     """
     rest = batch["rest"][kind]
-    found = block(batch["hidden"], **rest)
+    home = None if device is None else batch["hidden"].device
+    found = moved(block(moved(batch["hidden"], device), **moved(rest, device)), home)
     if not isinstance(found, tuple):
-        return found
+        return (found,)
     for place, name in enumerate(("position_bias", "encoder_decoder_position_bias"), start=1):
         if name in rest and place < len(found) and rest[name] is None:
             rest[name] = found[place]
-    return found[0]
+    return found

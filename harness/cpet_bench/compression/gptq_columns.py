@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Unsupported
 from . import rounding
 from .blockwise import change_blocks
-from .masks import load_plain, save
+from .masks import load_plain
 from .sparsegpt import inverse_factor
 
 if TYPE_CHECKING:
     import torch
 
     from .gptq import GptqSettings
+    from .streaming import Whole
 
 ENGINE = "cpet-bench"
 BLOCK = 128  # columns whose errors are passed on to the rest of the row together (the paper's lazy batches)
@@ -31,10 +32,12 @@ def compress(
     """Quantise in float32, pack and save. Facts: as those of gptq.Gptq.compress, and sym, order (of the columns)."""
     from ..models.arch import features
     from ..models.packed import PackedConfig, packed_bytes
+    from .streaming import Whole
 
     model, layers = load_plain(source, device, "float32", "GPTQ")
+    opened = Whole(model, source, out, "layers are replaced while their block is at work")
     group = group_of(layers, settings.group)
-    zeros, kept = quantise(model, layers, examples, settings, group, progress)
+    zeros, kept = quantise(opened, examples, settings, group, progress)
     how = {"bits": settings.bits, "group": group, "sym": settings.sym}
     model.config.quantization_config = PackedConfig(**how)
     shapes = [features(layer) for layer in layers.values()]
@@ -52,7 +55,7 @@ def compress(
     }
     if zeros > 0.01 * weights:
         facts["zeros_kept"] = round(kept / zeros, 6)
-    return {**facts, "bytes": save(model, source, out, {"backend": "gptq", **facts})}
+    return {**facts, **opened.facts, "bytes": opened.save({"backend": "gptq", **facts})}
 
 
 def group_of(layers: dict[str, Any], wanted: int | None) -> int:
@@ -72,8 +75,8 @@ def _width(group: int, n_in: int) -> int:
     return n_in if group == -1 else group
 
 
-def quantise(model, layers: dict[str, Any], examples, settings: GptqSettings, group: int, progress) -> tuple[int, int]:
-    """Put packed layers in the place of `layers` of `model`. Returns how many weights were zero, and of those still are.
+def quantise(opened: Whole, examples, settings: GptqSettings, group: int, progress) -> tuple[int, int]:
+    """Put packed layers in the place of an opened model's. Returns how many weights were zero, and of those still are.
 
     Layers that read the same input are quantised together; those after them in a block see what they then give.
     """
@@ -101,12 +104,12 @@ def quantise(model, layers: dict[str, Any], examples, settings: GptqSettings, gr
                 packed.zeros = zero
             if module.bias is not None:
                 packed.bias = torch.nn.Parameter(module.bias.detach(), requires_grad=False)
-            put(model, name, packed)
+            put(opened.model, name, packed)
             none = weight == 0
             zeros[0] += int(none.sum())
             zeros[1] += int((dense_weight(packed)[none] == 0).sum())
 
-    change_blocks(model, layers, examples, products, replace, progress, in_turn=True)
+    change_blocks(opened, examples, products, replace, progress, in_turn=True)
     return zeros[0], zeros[1]
 
 

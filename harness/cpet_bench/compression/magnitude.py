@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .masks import PatternSettings, check_widths, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
+from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
 
 
 class Magnitude:
@@ -39,13 +39,18 @@ class Magnitude:
         progress: Callable[[int, int, str], None],
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Prune and save. Facts: sparsity (whole and by kind of layer), bytes; speed stays the dense kernels'."""
-        model, layers = load_plain(source, device, "float32")
-        check_widths(layers, settings)
-        for done, (name, module) in enumerate(layers.items()):
-            weight = weight_out_in(module)
-            weight.mul_(keep_mask(weight.abs().float(), settings, per_row=False))
-            progress(done + 1, len(layers), name)
-        facts = check_zeros(layers, settings)
+        """Prune and save. Facts: sparsity (whole and by kind of layer), bytes, streamed; speed stays the dense kernels'."""
+        from .streaming import open_plain
+
+        opened = open_plain(source, out, device, forward=False)
+        check_widths(opened.layers, settings)
+        zeros = Zeros(settings)
+        for done, name in enumerate(opened.layers):
+            with opened.held(name) as module:
+                weight = weight_out_in(module)
+                weight.mul_(keep_mask(weight.abs().float(), settings, per_row=False))
+                zeros.count({name: module})
+            progress(done + 1, len(opened.layers), name)
+        facts = zeros.facts()
         note = {"backend": "magnitude", **settings.model_dump(mode="json"), **facts}
-        return {**facts, "bytes": save(model, source, out, note), "simulated": ["size", "speed"]}
+        return {**facts, **opened.facts, "bytes": opened.save(note), "simulated": ["size", "speed"]}

@@ -51,15 +51,22 @@ def refuse_packed(before: list[str]) -> str | None:
     return f"pruning needs plain weights, and {packed[-1]} packs them; put the pruning first" if packed else None
 
 
-def load_plain(source: Path, device: str, dtype: str, what: str = "pruning"):
-    """A model whose block layers are all plain weights, and those layers; else Unsupported, saying that `what` needs them."""
-    from ..models.arch import block_linears
-    from ..models.loading import load_config, load_model
+def refuse_quantised(source: Path, what: str) -> None:
+    """Unsupported where the model of a folder is quantised, saying that `what` needs plain weights."""
+    from ..models.loading import load_config
 
     quantised = load_config(source).get("quantization_config")
     if quantised:
         method = quantised.get("quant_method")
         raise Unsupported(f"{what} needs plain weights; the model is quantised ({method}): give the one it was made from")
+
+
+def load_plain(source: Path, device: str, dtype: str, what: str = "pruning"):
+    """A model whose block layers are all plain weights, and those layers; else Unsupported, saying that `what` needs them."""
+    from ..models.arch import block_linears
+    from ..models.loading import load_model
+
+    refuse_quantised(source, what)
     model = load_model(source, device=device, dtype=dtype)
     return model, block_linears(model)
 
@@ -116,22 +123,31 @@ def weight_out_in(module) -> torch.Tensor:
     return module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
 
 
-def check_zeros(layers: dict[str, Any], settings: PatternSettings) -> dict[str, Any]:
-    """The zeros really there: share by kind of layer, and for n:m that no group has more than n left. Raises StepFailed."""
-    kinds: dict[str, list[int]] = {}
-    for name, module in layers.items():
-        weight = weight_out_in(module)
-        zeros = int((weight == 0).sum())
-        total = kinds.setdefault(name.rpartition(".")[2], [0, 0])
-        total[0] += zeros
-        total[1] += weight.numel()
-        if settings.nm:
-            n, m = settings.nm
-            if int((weight.reshape(weight.shape[0], -1, m) != 0).sum(-1).max()) > n:
-                raise StepFailed(f"{name} has groups with more than {n} of {m} weights left")
-    done, every = sum(z for z, _ in kinds.values()), sum(t for _, t in kinds.values())
-    by_kind = {name: round(z / t, 6) for name, (z, t) in kinds.items()}
-    return {"sparsity": round(done / every, 6), "sparsity_by_kind": by_kind, "zeros_checked": True}
+class Zeros:
+    """The zeros really there, counted layer by layer."""
+
+    def __init__(self, settings: PatternSettings):
+        self.settings = settings
+        self.kinds: dict[str, list[int]] = {}
+
+    def count(self, layers: dict[str, Any]) -> None:
+        """Count those of pruned layers. Raises StepFailed where a group of an n:m pattern has more than n weights left."""
+        for name, module in layers.items():
+            weight = weight_out_in(module)
+            zeros = int((weight == 0).sum())
+            total = self.kinds.setdefault(name.rpartition(".")[2], [0, 0])
+            total[0] += zeros
+            total[1] += weight.numel()
+            if self.settings.nm:
+                n, m = self.settings.nm
+                if int((weight.reshape(weight.shape[0], -1, m) != 0).sum(-1).max()) > n:
+                    raise StepFailed(f"{name} has groups with more than {n} of {m} weights left")
+
+    def facts(self) -> dict[str, Any]:
+        """Their share, whole and by kind of layer."""
+        done, every = sum(z for z, _ in self.kinds.values()), sum(t for _, t in self.kinds.values())
+        by_kind = {name: round(z / t, 6) for name, (z, t) in self.kinds.items()}
+        return {"sparsity": round(done / every, 6), "sparsity_by_kind": by_kind, "zeros_checked": True}
 
 
 def save(model, source: Path, out: Path, note: dict[str, Any]) -> int:

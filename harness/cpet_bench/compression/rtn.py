@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import Field
 
 from ..settings import Settings
-from .masks import load_plain, save
 from .rounding import grid, group_of, integers, refuse_packed_again
 
 
@@ -54,33 +53,40 @@ class Rtn:
     ) -> dict[str, Any]:
         """Round, pack and save. Sizes are real, and so is the speed: of dequantising and multiplying, without a fused kernel.
 
-        Facts: bits, group, sym, layers, weights, packed_bytes (integers, scales, zero points), bytes (all stored), kernel.
+        Facts: bits, group, sym, layers, weights, packed_bytes (integers, scales, zero points), bytes (all stored), kernel,
+            streamed.
         """
         import torch
 
         from ..models.arch import dense_weight, features
         from ..models.packed import PackedConfig, PackedLinear, pack, packed_bytes, put
+        from .streaming import open_plain
 
-        model, layers = load_plain(source, device, "float32", "rtn")
+        opened = open_plain(source, out, device, "rtn", forward=False)
+        model, layers = opened.model, opened.layers
         group = group_of({name: features(module)[0] for name, module in layers.items()}, settings.group)
         how = {"bits": settings.bits, "group": group, "sym": settings.sym}
+        for name, module in layers.items():
+            put(model, name, PackedLinear(*features(module), **how, bias=module.bias is not None, device="meta"))
         count = size = 0
         for done, (name, module) in enumerate(layers.items()):
-            weight = dense_weight(module).contiguous()  # Conv1D keeps its transpose
-            n_out, n_in = weight.shape
-            scale, zero = grid(weight, settings.bits, group, settings.sym, name)
-            packed = PackedLinear(n_in, n_out, **how, device=weight.device)
-            packed.packed = pack(integers(weight, scale, zero, settings.bits), settings.bits)
-            packed.scales = scale
-            if not settings.sym:
-                packed.zeros = zero
-            if module.bias is not None:
-                packed.bias = torch.nn.Parameter(module.bias.detach(), requires_grad=False)
-            put(model, name, packed)
+            with opened.held(name, module):
+                weight = dense_weight(module).contiguous()  # Conv1D keeps its transpose
+                n_out, n_in = weight.shape
+                scale, zero = grid(weight, settings.bits, group, settings.sym, name)
+                packed = PackedLinear(n_in, n_out, **how, device=weight.device)
+                packed.packed = pack(integers(weight, scale, zero, settings.bits), settings.bits)
+                packed.scales = scale
+                if not settings.sym:
+                    packed.zeros = zero
+                if module.bias is not None:
+                    packed.bias = torch.nn.Parameter(module.bias.detach(), requires_grad=False)
+                put(model, name, packed)
             count += weight.numel()
             size += packed_bytes(n_in, n_out, **how)
             progress(done + 1, len(layers), name)
         model.config.quantization_config = PackedConfig(**how)
         facts = {**how, "layers": len(layers), "weights": count, "packed_bytes": size}
         facts["kernel"] = "weights dequantised to dense ones for each product"
-        return {**facts, "bytes": save(model, source, out, {"backend": "rtn", **facts})}
+        note = {"backend": "rtn", **facts}
+        return {**facts, **opened.facts, "bytes": opened.save(note)}

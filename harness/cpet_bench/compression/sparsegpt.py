@@ -11,10 +11,12 @@ from pydantic import Field, model_validator
 from ..errors import StepFailed
 from ..settings import CalibrationSettings
 from .blockwise import change_blocks
-from .masks import PatternSettings, check_widths, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
+from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
 
 if TYPE_CHECKING:
     import torch
+
+    from .streaming import Whole
 
 
 class SparseGptSettings(PatternSettings):
@@ -63,20 +65,23 @@ class SparseGpt:
         progress: Callable[[int, int, str], None],
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Prune and save. Facts: sparsity, calibration documents and tokens, bytes; speed stays the dense kernels'."""
+        """Prune and save. Facts: sparsity, calibration documents and tokens, streamed, bytes; the speed stays the
+        dense kernels'."""
+        from .streaming import open_plain
+
         if not examples:
             raise StepFailed("SparseGPT needs calibration documents, and there are none")
-        model, layers = load_plain(source, device, "float32")
-        check_widths(layers, settings)
-        prune(model, layers, examples, settings, progress)
-        facts = check_zeros(layers, settings)
+        opened = open_plain(source, out, device)
+        check_widths(opened.layers, settings)
+        facts = prune(opened, examples, settings, progress)
         facts |= {"calibration_documents": len(examples), "calibration_tokens": sum(map(len, examples))}
         note = {"backend": "sparsegpt", **settings.model_dump(mode="json"), **facts}
-        return {**facts, "bytes": save(model, source, out, note), "simulated": ["size", "speed"]}
+        return {**facts, **opened.facts, "bytes": opened.save(note), "simulated": ["size", "speed"]}
 
 
-def prune(model, layers: dict[str, Any], examples: list[list[int]], settings: SparseGptSettings, progress) -> None:
-    """Prune `layers` of `model` in place."""
+def prune(opened: Whole, examples: list[list[int]], settings: SparseGptSettings, progress) -> dict[str, Any]:
+    """Prune the blocks' layers. Returns the zeros' shares."""
+    zeros = Zeros(settings)
 
     def products(found: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         return x.t() @ x if found is None else found.addmm_(x.t(), x)
@@ -88,8 +93,10 @@ def prune(model, layers: dict[str, Any], examples: list[list[int]], settings: Sp
         for module in group.values():
             weight = weight_out_in(module)
             weight.copy_(pruned(weight.float(), factor, settings))
+        zeros.count(group)
 
-    change_blocks(model, layers, examples, products, surgery, progress)
+    change_blocks(opened, examples, products, surgery, progress)
+    return zeros.facts()
 
 
 def inverse_factor(h: torch.Tensor, damp: float, name: str = "a layer") -> torch.Tensor:
@@ -102,15 +109,18 @@ def inverse_factor(h: torch.Tensor, damp: float, name: str = "a layer") -> torch
     """
     import torch
 
-    h = h.double()
+    h = h.to(torch.float64, copy=True)
     mean = float(h.diagonal().mean())
     if not 0 < mean < float("inf"):
         raise StepFailed(f"the inputs of {name} are {'all zero' if mean == 0 else 'not finite'} on the calibration documents")
-    damped = h + damp * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    h.diagonal().add_(damp * mean)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    del h
     if int(failed):
         raise StepFailed(f"the input moments of {name} cannot be inverted with damp {damp}; a larger damp would do")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    inverse = torch.cholesky_inverse(lower)
+    del lower  # each of these is twice the size of H
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def pruned(weight: torch.Tensor, factor: torch.Tensor, settings: SparseGptSettings) -> torch.Tensor:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StepFailed
 from ..settings import CalibrationSettings
 from .blockwise import change_blocks
-from .masks import PatternSettings, check_widths, check_zeros, keep_mask, load_plain, refuse_packed, save, weight_out_in
+from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
 
 if TYPE_CHECKING:
     import torch
+
+    from .streaming import Whole
 
 
 class WandaSettings(PatternSettings):
@@ -52,20 +54,23 @@ class Wanda:
         progress: Callable[[int, int, str], None],
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Prune and save. Facts: sparsity, calibration documents and tokens, bytes; speed stays the dense kernels'."""
+        """Prune and save. Facts: sparsity, calibration documents and tokens, streamed, bytes; the speed stays the
+        dense kernels'."""
+        from .streaming import open_plain
+
         if not examples:
             raise StepFailed("Wanda needs calibration documents, and there are none")
-        model, layers = load_plain(source, device, "float32")
-        check_widths(layers, settings)
-        prune(model, layers, examples, settings, progress)
-        facts = check_zeros(layers, settings)
+        opened = open_plain(source, out, device)
+        check_widths(opened.layers, settings)
+        facts = prune(opened, examples, settings, progress)
         facts |= {"calibration_documents": len(examples), "calibration_tokens": sum(map(len, examples))}
         note = {"backend": "wanda", **settings.model_dump(mode="json"), **facts}
-        return {**facts, "bytes": save(model, source, out, note), "simulated": ["size", "speed"]}
+        return {**facts, **opened.facts, "bytes": opened.save(note), "simulated": ["size", "speed"]}
 
 
-def prune(model, layers: dict[str, Any], examples: list[list[int]], settings: WandaSettings, progress) -> None:
-    """Prune `layers` of `model` in place."""
+def prune(opened: Whole, examples: list[list[int]], settings: WandaSettings, progress) -> dict[str, Any]:
+    """Prune the blocks' layers. Returns the zeros' shares."""
+    zeros = Zeros(settings)
 
     def squares(found: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         return (0.0 if found is None else found) + x.square().sum(0)
@@ -75,5 +80,7 @@ def prune(model, layers: dict[str, Any], examples: list[list[int]], settings: Wa
             weight = weight_out_in(module)
             score = weight.abs().float() * found.sqrt()
             weight.mul_(keep_mask(score, settings, per_row=True))
+        zeros.count(group)
 
-    change_blocks(model, layers, examples, squares, mask, progress)
+    change_blocks(opened, examples, squares, mask, progress)
+    return zeros.facts()
