@@ -9,14 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import choice, devices
+from . import choice, devices, registry
 from .cells import expand
+from .compression.sizes import LIBRARIES, ModelSize
 from .errors import InputError
 from .estimates import Estimates
 from .folders import read_json
 from .matrix import Matrix, load_matrix
 from .plan import Plan, Planner
 from .settings import seconds_of
+from .steps import Step
 from .store import Store
 
 
@@ -33,6 +35,7 @@ class Prepared:
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # cell id → why it is left for a later run
     budget: float | None = None  # seconds after which no further step is begun
+    _sizes: dict[str, ModelSize | None] = field(default_factory=dict)  # by the key of a model's step
 
     @cached_property
     def recorded(self) -> dict[str, str]:
@@ -75,6 +78,33 @@ class Prepared:
         clock = choice.Clock(self.plan, missing, self.seconds, self.machine)
         fits = choice.within(self.plan, asked, missing, clock, self.budget)
         self.left_out |= {cell.id: f"left out by --budget {budget}" for cell in asked if cell.id not in fits}
+
+    def memory(self, step: Step) -> float:
+        """Bytes that a step takes: of a compression by its backend's formula, where the model is there to be looked at."""
+        found = None
+        if step.kind == "compress":
+            backend = registry.get("compression", step.settings["backend"])
+            size = self._size(step)
+            if size is not None and hasattr(backend, "memory"):
+                settings = backend.Settings.model_validate(step.settings["settings"])
+                found = backend.memory(settings, size) + (LIBRARIES if self.machine["device"] == "cpu" else 0)
+        return self.estimates.memory(step) if found is None else found
+
+    def _size(self, step: Step) -> ModelSize | None:
+        """The sizes of the model that a compression, or the first of a mixture, starts from."""
+        while step.kind == "compress":
+            step = self.plan.steps[step.needs["source"]]
+        if step.key not in self._sizes:
+            manifest, folder = self.store.manifest(step.key), None
+            scheme, _, rest = step.params["model"]["source"].partition(":")
+            if manifest is None and scheme == "local":
+                folder = Path(step.params["base"], rest)
+            elif manifest is not None and "path" in manifest.facts:
+                folder = Path(manifest.facts["path"])
+            elif manifest is not None and self.store.local:
+                folder = self.store.materialise(step.key, verify=False)
+            self._sizes[step.key] = ModelSize.of(folder) if folder else None
+        return self._sizes[step.key]
 
     def time_needed(self, missing: list[str]) -> float:
         """Seconds that running these steps takes at least, by the estimates, on the workers there are."""

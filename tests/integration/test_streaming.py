@@ -1,5 +1,8 @@
-"""Compressing part by part: the same files as from the whole model."""
+"""Compressing part by part: the same files as from the whole model, a peak of few blocks, and what the plan says of it."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from compressed import compress, documents
 from cpet_bench import registry
 from cpet_bench.compression import streaming
+from cpet_bench.compression.sizes import LIBRARIES, ModelSize
 from cpet_bench.models import tiny
+from cpet_bench.models.arch import block_lists
 from cpet_bench.models.loading import load_model
+from cpet_bench.prepared import prepare
 
 EXAMPLES = documents(8, 30)
 HOW = {"magnitude": {"pattern": "2:4"}, "wanda": {"sparsity": 0.6}, "sparsegpt": {"pattern": "2:4"}, "rtn": {"bits": 3}}
@@ -53,6 +59,36 @@ def test_every_byte_is_that_of_the_model_loaded_whole(folders, tmp_path, monkeyp
     assert done(tmp_path / "streamed") == done(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_at_most_one_block_has_weights(folders, tmp_path, monkeypatch, arch):
+    """Counted whenever a linear layer runs, and whenever one has been changed."""
+    opened, most, blocks = [], [0, 0], {}
+    plain = streaming.open_plain
+
+    def open_(*args, **more):
+        opened.append(plain(*args, **more))
+        return opened[0]
+
+    def count(*args):
+        if not opened:
+            return
+        alive = [n for n, p in opened[0].model.named_parameters() if p.device.type != "meta"]
+        inside = {".".join(n[len(b) + 1 :].split(".")[:1]) + b for n in alive for b in blocks if n.startswith(b + ".")}
+        most[0] = max(most[0], len(inside))
+        most[1] = max(most[1], sum(opened[0].model.get_parameter(n).numel() for n in alive))
+
+    blocks |= dict.fromkeys(block_lists(load_model(folders / arch)))
+    monkeypatch.setattr(streaming, "open_plain", open_)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        compress(registry.get("compression", "wanda"), folders / arch, tmp_path / "c", EXAMPLES, sparsity=0.5)
+    finally:
+        hook.remove()
+    size = ModelSize.of(folders / arch)
+    assert most[0] == 1 and size.block <= most[1] <= size.outside + size.block
+    assert not [n for n, p in opened[0].model.named_parameters() if p.device.type != "meta" and n.startswith(tuple(blocks))]
+
+
 def test_what_cannot_be_streamed_is_loaded_whole(folders, tmp_path):
     """Two tensors where the config ties them to one; tensors under a name that only the library knows; the prefix left out."""
     odd = tmp_path / "odd"
@@ -75,3 +111,77 @@ def test_what_cannot_be_streamed_is_loaded_whole(folders, tmp_path):
     save_file(legacy, odd / "model.safetensors", metadata={"format": "pt"})
     facts = compress(wanda, odd, tmp_path / "d", EXAMPLES, sparsity=0.5)
     assert facts["streamed"] is False and "is not in its files" in facts["loaded_whole"]
+
+
+PEAK = """
+import sys, json, shutil
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch; torch.set_num_threads(1)
+from compressed import compress
+from cpet_bench import registry
+from cpet_bench.worker import memory_now, peak_memory, reset_peak
+small, large, out = map(Path, sys.argv[2:5])
+docs = [[3 + (7 * i + j) % 290 for j in range(64)] for i in range(16)]
+for name, more in json.loads(sys.argv[5]).items():
+    backend = registry.get("compression", name)
+    compress(backend, small, out, docs[:2], **more)
+    shutil.rmtree(out)
+    reset_peak([])
+    before = memory_now([])
+    facts = compress(backend, large, out, docs, **more)
+    print(json.dumps([name, peak_memory([]) - before, before, facts["streamed"]]))
+    shutil.rmtree(out)
+"""
+
+
+def test_measured_peaks_are_those_of_the_plan(tmp_path):
+    """Of a model of 30 MB in blocks of 4.7 MB, in a process of its own."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    tiny.make("llama", tiny.DEFAULTS, small)
+    tiny.make("llama", {**tiny.DEFAULTS, "hidden": 256, "intermediate": 1280, "layers": 6}, large)
+    text = {"calibration": {"documents": 16, "max_tokens": 64}}
+    how = {"magnitude": {"pattern": "2:4"}, "rtn": {"bits": 4}, "wanda": {"sparsity": 0.5, **text}}
+    how["sparsegpt"] = {"sparsity": 0.5, "block": 32, **text}
+    given = [str(Path(__file__).parents[1]), str(small), str(large), str(tmp_path / "out"), json.dumps(how)]
+    ended = subprocess.run([sys.executable, "-c", PEAK, *given], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    rows = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
+    assert [row[0] for row in rows] == list(how)
+    size = ModelSize.of(large)
+    for name, peak, before, streamed in rows:
+        backend = registry.get("compression", name)
+        wanted = backend.memory(backend.Settings(**how[name]), size)
+        assert streamed and wanted / 2 < peak < 2 * wanted, (name, peak, wanted)
+        assert LIBRARIES / 2 < before < 2 * LIBRARIES
+    assert rows[0][1] < 0.5 * 4 * size.total and rows[1][1] < 0.5 * 4 * size.total
+
+
+def test_the_plan_knows_the_memory_of_a_local_model(folders, tmp_path):
+    text = "calibration: {documents: 64, max_tokens: 32}"
+    (tmp_path / "matrix.yaml").write_text(
+        f"""model: {{m: {{source: 'local:{folders / "llama"}'}}, t: {{source: 'tiny:llama'}}}}
+task: {{movie_reviews: {{}}}}
+device: {{devices: [cpu], dtype: float32}}
+compression:
+  w: {{backend: wanda, sparsity: 0.5, {text}}}
+  s: [{{backend: magnitude, sparsity: 0.5}}, {{backend: rtn, bits: 4}}]
+"""
+    )
+    ready = prepare(tmp_path / "matrix.yaml", store=str(tmp_path / "store"), runs=tmp_path / "runs")
+    found = {s.label: ready.memory(s) for s in ready.plan.steps.values() if s.kind == "compress"}
+    wanda, size = registry.get("compression", "wanda"), ModelSize.of(folders / "llama")
+    settings = wanda.Settings(sparsity=0.5, calibration={"documents": 64, "max_tokens": 32})
+    assert found["compress m to w"] == wanda.memory(settings, size) + LIBRARIES
+    assert LIBRARIES < found["compress m to s (2 of 2, rtn)"] < found["compress m to w"]
+    assert found["compress t to w"] == 3e9  # made only when it is run: not known before
+
+
+def test_sizes_of_a_model_are_those_of_its_modules(folders):
+    for arch in ("llama", "gpt2", "t5"):
+        model, size = load_model(folders / arch), ModelSize.of(folders / arch)
+        each = [sum(p.numel() for p in b.parameters()) for n in block_lists(model) for b in model.get_submodule(n)]
+        assert (size.total, size.blocks, size.block, size.depth) == (model.num_parameters(), sum(each), max(each), len(each))
+        assert size.outside == size.total - size.blocks and size.width == 64 and size.heads == 4
+        assert size.pairs == (arch == "t5") and size.vocabulary == model.config.vocab_size
+    assert ModelSize.of(folders) is None

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
                 "runs": key in missing,
                 "why": why,
                 "seconds": round(ready.seconds[key], 1),
-                "memory": int(ready.estimates.memory(step)),
+                "memory": int(ready.memory(step)),
                 "disk": int(ready.estimates.disk(step)),
                 "needs": step.needs,
             }

@@ -12,6 +12,7 @@ from ..errors import Unsupported
 from ..settings import Settings
 from .notes import read_note, write_note
 from .rounding import refuse_packed_again
+from .sizes import F32, ModelSize
 
 
 class BitsAndBytes:
@@ -49,6 +50,13 @@ class BitsAndBytes:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed_again(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of what stays in float32, of the packed weights, and of a layer on its way: transformers reads one tensor at a
+        time where it quantises. (On a CPU the mapped file comes on top, but the system can take its pages back.)"""
+        packed = size.blocks if settings.type == "int8" else size.blocks * 9 // 16  # a scale in 32 bits for 64 weights
+        return F32 * (size.total - size.blocks + 4 * size.layer) + packed
 
     @staticmethod
     def compress(

@@ -12,6 +12,7 @@ from ..errors import StepFailed, Unsupported
 from ..settings import CalibrationSettings, Settings, Share
 from .blockwise import grouped
 from .masks import check_reload, load_plain, refuse_packed, save
+from .sizes import ModelSize, whole
 
 PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of a config that have an entry for every block
 
@@ -74,6 +75,11 @@ class Depth:
         if "moefy" in before:
             return "moefy's routers are of the blocks that it saw; put depth first"
         return refuse_packed(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of the whole model in float32; it is loaded again once it is cut."""
+        return whole(size, settings.calibration)
 
     @staticmethod
     def compress(

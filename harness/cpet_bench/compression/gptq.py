@@ -18,6 +18,7 @@ from ..settings import CalibrationSettings, Settings
 from . import gptq_columns, rounding
 from .masks import load_plain, stored_dtype
 from .rounding import refuse_packed_again
+from .sizes import F32, ModelSize, whole
 
 TOKENS = 4096  # tokens a batch of calibration documents has at most
 
@@ -67,6 +68,12 @@ class Gptq:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed_again(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of the whole model in float32, where its zeros are, its packed weights, and a block's Hessians."""
+        packed = size.blocks * (8 + settings.bits + 1) // 8
+        return whole(size, settings.calibration) + packed + F32 * (3 * size.width**2 + 3 * size.widest**2)
 
     @staticmethod
     def compress(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
+from .sizes import F32, ModelSize
 
 
 class Magnitude:
@@ -26,6 +27,11 @@ class Magnitude:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of one layer with its scores, what stays of them and where; or of the largest tensor on its way through."""
+        return F32 * max(8 * size.layer, 2 * size.largest)
 
     @staticmethod
     def compress(

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from ..errors import StepFailed, Unsupported
 from ..settings import CalibrationSettings, Natural, Positive, Rate, Settings
+from .sizes import F32, ModelSize, whole
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,14 @@ class Moefy:
         if "moefy" in before:
             return "the feed-forward networks are split into experts already"
         return None  # packed weights stay as they are too: experts are clusters of what they stand for
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of the whole model in float32, and of what the networks that are learnt at once read."""
+        tokens = settings.calibration.documents * settings.calibration.max_tokens
+        experts = settings.experts or size.widest // NEURONS
+        each = F32 * tokens * (size.width + experts)
+        return whole(size, settings.calibration) + max(each, min(KEPT, size.depth * each))
 
     @staticmethod
     def compress(

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ..settings import Settings
 from .rounding import grid, group_of, integers, refuse_packed_again
+from .sizes import F32, ModelSize
 
 
 class Rtn:
@@ -38,6 +39,11 @@ class Rtn:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed_again(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of one layer, its integers on their way, and the packed ones; or of the largest tensor on its way through."""
+        return F32 * max(6 * size.layer, 2 * size.largest)
 
     @staticmethod
     def compress(

@@ -12,6 +12,7 @@ from ..errors import StepFailed
 from ..settings import CalibrationSettings
 from .blockwise import change_blocks
 from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
+from .sizes import F32, ModelSize, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,12 @@ class SparseGpt:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of going block by block, with a block's Hessians, and the widest one three times over in fp64."""
+        hessians = 3 * size.width**2 + 8 * size.widest**2
+        return streamed(size, settings.calibration) + F32 * (3 * size.layer + hessians)
 
     @staticmethod
     def compress(

@@ -18,6 +18,7 @@ from ..errors import StepFailed, Unsupported
 from ..settings import CalibrationSettings, Natural, Positive, Settings, Share
 from .importance import GRADIENT
 from .masks import load_plain, refuse_packed, save
+from .sizes import F32, ModelSize, whole
 
 if TYPE_CHECKING:
     from ..models.widths import Part
@@ -80,6 +81,17 @@ class Structured:
         if "moefy" in before:
             return "moefy's routers are of the neurons that it saw; put structured first"
         return refuse_packed(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of the whole model in float32, with gradients where the importance needs them."""
+        from .importance import GRADIENT, SQUARED
+
+        found, tokens = whole(size), settings.calibration.max_tokens
+        if settings.importance in GRADIENT:
+            found += F32 * size.blocks * (3 if settings.importance in SQUARED else 2)
+            found += F32 * tokens * (size.depth * (10 * size.width + 4 * size.widest) + 3 * size.vocabulary)
+        return found
 
     @staticmethod
     def compress(

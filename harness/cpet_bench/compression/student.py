@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from ..errors import StepFailed, Stopping
 from ..settings import CalibrationSettings, Natural, Positive, Rate, Settings, TrainSettings
 from .masks import load_plain, refuse_packed, save
+from .sizes import F32, ModelSize, whole
 from .structured import Importance
 
 if TYPE_CHECKING:
@@ -100,6 +101,16 @@ class Student:
         if "moefy" in before:
             return "the routers were made for all blocks, as they were; put the student first"
         return None
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of the teacher; of the student, its gradients, AdamW's moments and its start; and of one pass."""
+        share = settings.blocks / size.depth if settings.blocks else settings.depth or 1.0
+        if settings.blocks and size.pairs:  # so many of each stack
+            share *= 2
+        student = size.total - size.blocks + size.blocks * min(1.0, share) * (settings.width or 1.0)
+        passing = MICRO * (8 * size.vocabulary + size.depth * (10 * size.width + 4 * size.widest))
+        return int(whole(size) + F32 * (5 * student + passing))
 
     @staticmethod
     def compress(

@@ -10,6 +10,7 @@ from ..errors import StepFailed
 from ..settings import CalibrationSettings
 from .blockwise import change_blocks
 from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
+from .sizes import F32, ModelSize, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,11 @@ class Wanda:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed(before)
+
+    @staticmethod
+    def memory(settings, size: ModelSize) -> int:
+        """Bytes of going block by block, with one layer's scores, what stays of them and where."""
+        return streamed(size, settings.calibration) + F32 * 6 * size.layer
 
     @staticmethod
     def compress(

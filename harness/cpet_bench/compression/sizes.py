@@ -1,0 +1,105 @@
+"""What a compression takes of a device's memory, from the shapes of the model's tensors. Importing this loads no torch.
+
+A backend's `memory(settings, size)` gives bytes: of tensors, beside what the libraries themselves take of a process. They are
+for 32-bit floats, since backends compute in them, and for as much calibration text as its settings allow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.tensors import places
+
+F32 = 4
+LIBRARIES = 6e8  # bytes that a process has after importing torch and transformers
+BATCH = 4096  # padded tokens that are run at once (blockwise.TOKENS)
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters: `total`, `blocks` (all of them together), `block` (the largest), `layer` (the largest layer of a
+    block), `outside` (what is in no block, without a head of its own), `largest` (tensor). Lengths: `depth` (blocks), `width`
+    (hidden states), `widest` (what a layer of a block reads or gives), `vocabulary`, `heads`. pairs: whether there are an
+    encoder and a decoder.
+    """
+
+    total: int
+    blocks: int
+    block: int
+    layer: int
+    outside: int
+    largest: int
+    depth: int
+    width: int
+    widest: int
+    vocabulary: int
+    heads: int
+    pairs: bool
+
+    @classmethod
+    def of(cls, folder: Path) -> ModelSize | None:
+        """The sizes of a model folder, from the headers of its files; None where they do not show them."""
+        try:
+            there = places(folder)
+            config = json.loads(Path(folder, "config.json").read_text())
+        except (OSError, ValueError, KeyError):
+            return None
+        by_block: dict[str, int] = defaultdict(int)
+        inside, outside = {}, {}
+        for name, place in there.items():
+            found = re.match(r"(.*?\.?\d+)\.", name)
+            if found:
+                by_block[found[1]] += place.count
+                inside[name] = place
+            else:
+                outside[name] = place
+        tables = [p.shape for p in outside.values() if len(p.shape) == 2]
+        layers = [p.shape for p in inside.values() if len(p.shape) == 2]
+        if not tables or not layers:
+            return None
+        words = max(tables)
+        return cls(
+            total=sum(p.count for p in there.values()),
+            blocks=sum(by_block.values()),
+            block=max(by_block.values()),
+            layer=max(a * b for a, b in layers),
+            outside=sum(p.count for name, p in outside.items() if not _HEAD.search(name)),
+            largest=max(p.count for p in there.values()),
+            depth=len(by_block),
+            width=words[1],
+            widest=max(max(shape) for shape in layers),
+            vocabulary=config.get("vocab_size") or words[0],
+            heads=next((config[k] for k in _HEADS if isinstance(config.get(k), int)), max(1, words[1] // 64)),
+            pairs=bool(config.get("is_encoder_decoder")),
+        )
+
+
+def run(size: ModelSize, documents: int, tokens: int) -> int:
+    """Bytes of one batch of documents of so many tokens on its way through a block, without gradients."""
+    rows = max(1, min(documents, BATCH // tokens))
+    found = rows * tokens * (6 * size.width + 4 * size.widest)
+    if size.pairs:  # T5's attention has its scores and its position biases as they are
+        found += 3 * rows * size.heads * tokens**2
+    return F32 * found
+
+
+def streamed(size: ModelSize, calibration: Any) -> int:
+    """Bytes of compressing block by block, without what is computed for a layer: what lies outside the blocks, one block, the
+    hidden states of all documents with their masks, and one batch in work."""
+    documents, tokens = calibration.documents, calibration.max_tokens
+    waiting = documents * tokens * size.width * (2 if size.pairs else 1) + documents * tokens**2
+    if size.pairs:
+        waiting += documents * size.heads * tokens**2
+    return F32 * (size.outside + size.block + waiting) + run(size, documents, tokens)
+
+
+def whole(size: ModelSize, calibration: Any = None) -> int:
+    """Bytes of the model in float32 with, where it is run, one batch of documents in work."""
+    return F32 * size.total + (run(size, calibration.documents, calibration.max_tokens) if calibration else 0)
