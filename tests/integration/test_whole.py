@@ -440,7 +440,7 @@ def test_merging(folders, tmp_path):
     plain = {"settings": {"compression": []}}
     for kind, pet in (("gpt2", EXISTING), ("pruned2", FULL)):
         model, out = methods.attach(load_model(folders / kind), pet), tmp_path / kind
-        shake(model)
+        learn(model, tmp_path / f"{kind}-scratch")
         methods.save(model, out / "adapter")
         assert refuse(plain, out) is None
     model = methods.attach(load_model(folders / "llama"), ALL)
