@@ -13,6 +13,8 @@ from cpet_bench.leases import Leases
 from cpet_bench.steps import KINDS
 from cpet_bench.store import Store
 
+USED = set(KINDS) - {"trial", "select"}  # the smoke run has its rates given; test_select_run has those
+
 
 @pytest.fixture
 def copied(smoke, cli):
@@ -56,7 +58,7 @@ def test_verify_finds_a_hundred_of_a_hundred_faults(copied):
         assert Store(copied.url).faults(key), (number, what)
         path.write_bytes(whole)
         assert not Store(copied.url).faults(key)
-    assert kinds == set(KINDS)
+    assert kinds == USED
 
 
 def test_verify_on_the_command_line(copied, cli):
@@ -93,7 +95,7 @@ def test_use_finds_the_damage_of_each_kind_and_makes_it_again(copied, cli, smoke
             stack.extend(before[key].made["identity"]["needs"].values())
     for key in chain:
         hurt.setdefault(before[key].kind, key)
-    assert set(hurt) == set(KINDS)
+    assert set(hurt) == USED
     rng = random.Random(3)
     for kind, key in hurt.items():
         folder = Path(copied._object(key), before[key].folder)

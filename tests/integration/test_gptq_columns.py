@@ -12,6 +12,7 @@ from cpet_bench.compression import gptq_columns
 from cpet_bench.compression.gptq import Gptq
 from cpet_bench.compression.magnitude import Magnitude
 from cpet_bench.compression.sparsegpt import inverse_factor
+from cpet_bench.compression.streaming import Whole
 from cpet_bench.errors import StepFailed, Unsupported
 from cpet_bench.models import gptq, tiny
 from cpet_bench.models.arch import block_linears, dense_weight, features, resident_bytes
@@ -217,7 +218,8 @@ def test_on_a_llama_it_is_as_good_as_gptqmodel(tmp_path, given):
     compress(Gptq, dense, tmp_path / "theirs", TEXT, **given)
     ours, settings = load_model(dense), Gptq.Settings(**given)
     layers = block_linears(ours)
-    gptq_columns.quantise(ours, layers, TEXT, settings, gptq_columns.group_of(layers, settings.group), lambda *a: None)
+    opened = Whole(ours, dense, tmp_path / "ours", "the test says so")
+    gptq_columns.quantise(opened, TEXT, settings, gptq_columns.group_of(layers, settings.group), lambda *a: None)
     error = []
     for model in (ours, load_model(tmp_path / "theirs")):
         x = inputs_of(model, TEXT)

@@ -331,7 +331,7 @@ task: {movie_reviews: {}}
         ("k: 16, rank: 4", "pet.nola.rank", "nola has no field of this name. .*Allowed: k, lora_alpha, r, seed"),
         ("basis: 4", "pet.nola.basis", "Allowed: k, lora_alpha"),
         ("k: many", "pet.nola.k", "valid integer"),
-        ("r: 0", "pet.nola.r", "greater than or equal to 1"),
+        ("r: 0", "pet.nola.r", "at least 1 and at most"),
     ],
 )
 def test_the_matrix_says_which_fields_it_has(tmp_path, fields, key, says):

@@ -293,7 +293,7 @@ def test_settings_that_no_layer_can_have(given):
         ('[{backend: rtn, bits: 4}, {backend: magnitude, pattern: "2:4"}]', "rtn packs them; put the pruning first"),
         ("[{backend: rtn, bits: 4}, {backend: bitsandbytes, type: nf4}]", "packed by rtn already"),
         ("[{backend: bitsandbytes, type: nf4}, {backend: rtn, bits: 4}]", "packed by bitsandbytes already"),
-        ("{backend: rtn, bits: 12}", "less than or equal to 8"),
+        ("{backend: rtn, bits: 12}", "at least 2 and at most 8"),
         ("{backend: rtn, bits: 4, groups: 64}", "Did you mean group"),
     ],
 )

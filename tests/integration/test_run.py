@@ -211,10 +211,10 @@ def test_a_target_module_that_matches_nothing(cli):
 
 
 def test_what_cannot_work_is_unsupported_and_no_failure(cli):
-    matrix = cli.matrix("name: un\npet:\n  virtual: {method: prompt_tuning, num_virtual_tokens: 4}\n" + CHEAP)
+    matrix = cli.matrix("name: un\npet:\n  virtual: {method: xlora}\n" + CHEAP)
     done = cli("run", matrix)
     found = cli.records("un")["tiny--none--virtual--vanilla--smoke_sentiment--s0"]
-    assert done.returncode == 0 and found["status"] == "unsupported" and "virtual tokens" in reason(found)
+    assert done.returncode == 0 and found["status"] == "unsupported" and "XLORA cannot be put on this model" in reason(found)
     again = cli("run", matrix)
     assert again.returncode == 0 and "everything is in the store" in again.stderr
 
