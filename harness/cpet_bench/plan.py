@@ -209,7 +209,7 @@ class Planner:
             settings, needs, params, work = self.training(cell)
         else:
             chosen = self._chosen(cell.first)
-            if cell is cell.first or cell.seed == cell.first.seed:
+            if cell is cell.first:
                 return chosen
             settings, needs, params, work = self.training(cell, {})
             needs["select"] = chosen

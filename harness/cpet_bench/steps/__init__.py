@@ -69,7 +69,7 @@ _ALL = [
         1,
         (*TORCH, "peft", "bitsandbytes", "lm-eval"),
         "selecting:run_trial",
-        *("steps.tuning", *_TUNE, "deployment", *_SCORING, *_METRICS),
+        *("steps.tuning", "steps.scoring", "steps.data", *_TUNE, "deployment", *_SCORING, *_METRICS),
     ),
     _kind("select", 1, (), "selecting:run_select"),
     _kind("responses", 1, (*TORCH, "peft"), "scoring:run_responses", "deployment", *_SCORING),

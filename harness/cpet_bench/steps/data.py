@@ -42,16 +42,12 @@ def run_requests(ctx: Context) -> dict:
 
 def run_metrics(ctx: Context) -> dict:
     """lm-eval's metrics over the kept responses, with intervals and the outcomes by document."""
+    return {"metrics": metrics_of(ctx, ctx.inputs["responses"], ctx.out)}
+
+
+def metrics_of(ctx: Context, responses: Path, out: Path) -> dict:
+    """lm-eval's metrics of the responses to a step's requests; the outcomes by document go into `out`."""
     from ..evaluation.metrics import measure
 
-    s = ctx.settings
-    found = measure(
-        _spec(ctx),
-        _prompt(ctx),
-        ctx.inputs["requests"],
-        ctx.inputs["responses"],
-        ctx.out,
-        ctx.tokenizer(),
-        limit=s["limit"],
-    )
-    return {"metrics": found}
+    limit = ctx.settings["limit"]
+    return measure(_spec(ctx), _prompt(ctx), ctx.inputs["requests"], responses, out, ctx.tokenizer(), limit=limit)

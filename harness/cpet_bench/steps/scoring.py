@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..settings import ProbeSettings, RecoverSettings
 from .context import Context
 
 
 def run_responses(ctx: Context) -> dict:
     """Answer the requests with a base model and the adapter tuned on it, if there is one."""
+    return answer(ctx, [ctx.inputs["adapter"]] if "adapter" in ctx.inputs else [], ctx.out, ctx.scratch)
+
+
+def answer(ctx: Context, adapters: list[Path], out: Path, scratch: Path) -> dict:
+    """Answer the requests of a step with its model and `adapters`, into `out`."""
     from ..deployment import deploy
     from ..evaluation.scorer import respond
 
-    adapters = [ctx.inputs["adapter"]] if "adapter" in ctx.inputs else []
     with ctx.model() as model, deploy(model, adapters) as deployed:
         facts = respond(
             deployed,
             ctx.tokenizer("model"),
             ctx.inputs["requests"],
-            ctx.out,
+            out,
             tokens_per_batch=ctx.settings["tokens_per_batch"],
-            scratch=ctx.scratch,
+            scratch=scratch,
             progress=ctx.progress,
             should_stop=ctx.should_stop,
         )

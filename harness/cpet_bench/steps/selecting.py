@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 from ..errors import StepFailed
-from ..settings import PromptSettings
 from .context import Context
+from .data import metrics_of
+from .scoring import answer
 from .tuning import run_tune
 
 
@@ -24,35 +24,11 @@ def run_trial(ctx: Context) -> dict:
 
 
 def _score(ctx: Context) -> dict[str, dict[str, Any]]:
-    from ..deployment import deploy
-    from ..evaluation.metrics import measure
-    from ..evaluation.scorer import respond
-    from ..evaluation.tasks import placed
-
     responses, outcomes = ctx.scratch / "responses", ctx.scratch / "outcomes"
     for folder in (responses, outcomes):
         folder.mkdir(parents=True, exist_ok=True)
-    with ctx.model() as model, deploy(model, [ctx.out]) as deployed:
-        respond(
-            deployed,
-            ctx.tokenizer(),
-            ctx.inputs["requests"],
-            responses,
-            tokens_per_batch=ctx.settings["tokens_per_batch"],
-            scratch=ctx.scratch / "scoring",
-            progress=ctx.progress,
-            should_stop=ctx.should_stop,
-        )
-    s = ctx.settings
-    return measure(
-        placed(s["spec"], ctx.params.get("task_folder")),
-        PromptSettings.model_validate(s["prompt"]),
-        ctx.inputs["requests"],
-        responses,
-        outcomes,
-        ctx.tokenizer(),
-        limit=s["limit"],
-    )
+    answer(ctx, [ctx.out], responses, ctx.scratch / "scoring")
+    return metrics_of(ctx, responses, outcomes)
 
 
 def run_select(ctx: Context) -> dict:
@@ -60,7 +36,7 @@ def run_select(ctx: Context) -> dict:
     grid = ctx.settings["grid"]
     trials = [ctx.facts[f"trial{i}"] for i in range(len(grid))]
     best, name = choice(grid, trials)
-    copy_files(ctx.inputs[f"trial{best}"], ctx.out)
+    shutil.copytree(ctx.inputs[f"trial{best}"], ctx.out, dirs_exist_ok=True)
     rows = []
     for candidate, facts in zip(grid, trials, strict=True):
         found = {"failed": facts["failed"]} if "failed" in facts else {name: facts["metrics"][name]["value"]}
@@ -103,8 +79,3 @@ def _at_the_edge(grid: list[dict[str, float]], best: int) -> bool:
     """Whether the chosen rate is the grid's smallest or largest, so that a better one may lie outside."""
     rates = [candidate["lr"] for candidate in grid]
     return grid[best]["lr"] in (min(rates), max(rates))
-
-
-def copy_files(source: Path, target: Path) -> None:
-    """The files of an artifact, with what is in its folders."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
