@@ -212,7 +212,8 @@ class Planner:
             if cell is cell.first:
                 return chosen
             settings, needs, params, work = self.training(cell, {})
-            needs["select"] = chosen
+            label = f"the rate chosen for {self.name(cell.first)}"
+            needs["rate"] = self.add("rate", {}, {"select": chosen}, label)
         return self.add("tune", settings, needs, f"tune {self.name(cell)}", params=params, work=work)
 
     @once("model", "compression", "pet", "restoring", "task")

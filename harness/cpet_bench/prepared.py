@@ -15,6 +15,7 @@ from .compression.sizes import LIBRARIES, ModelSize
 from .errors import InputError
 from .estimates import Estimates
 from .folders import read_json
+from .known_rates import known_rates
 from .matrix import Matrix, load_matrix
 from .plan import Plan, Planner
 from .settings import seconds_of
@@ -35,6 +36,7 @@ class Prepared:
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # cell id → why it is left for a later run
     budget: float | None = None  # seconds after which no further step is begun
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)  # key of a `rate` step → facts an earlier run states
     _sizes: dict[str, ModelSize | None] = field(default_factory=dict)  # by the key of a model's step
 
     @cached_property
@@ -50,6 +52,10 @@ class Prepared:
                 found[cell_id] = old["status"]
         return found
 
+    def has(self, key: str) -> bool:
+        """Whether a step's result is there: in the store, or stated by an earlier run."""
+        return key in self.known or self.store.has(key)
+
     def missing(self) -> list[str]:
         """Keys of steps that must run: not in the store, and needed by a result that is neither there nor recorded."""
         wanted: set[str] = set()
@@ -57,7 +63,7 @@ class Prepared:
         stack = [key for roles in open_ for key in roles.values()]
         while stack:
             key = stack.pop()
-            if key not in wanted and not self.store.has(key):
+            if key not in wanted and not self.has(key):
                 wanted.add(key)
                 stack.extend(self.plan.steps[key].needs.values())
         return [key for key in self.plan.steps if key in wanted]
@@ -123,12 +129,13 @@ def prepare(
     sample: str | None = None,
     sample_seed: int = 0,
     budget: str | None = None,
+    rates: Collection[str | Path] = (),
 ) -> Prepared:
     """Read and check a matrix and plan it. Raises InputError for whatever is wrong with it, before any work.
 
     only: rules AXIS=NAME. cells: ids of those to plan (None: all). device: names of devices instead of the matrix's.
     sample: a balanced part of the cells, as in `20%`; budget: the time to spend, as in `2h`. What these two leave out is
-    pending in the records.
+    pending in the records. rates: runs whose records state choices of rates that hold here too.
     """
     matrix = path if isinstance(path, Matrix) else load_matrix(Path(path), only=list(only))
     chosen = [cell for cell in expand(matrix) if cells is None or cell.id in cells]
@@ -141,6 +148,6 @@ def prepare(
     opened = Store(store)
     estimates = Estimates(opened)
     seconds = {key: estimates.seconds(step) for key, step in plan.steps.items()}
-    ready = Prepared(matrix, plan, opened, machine, Path(runs) / name, estimates, seconds)
+    ready = Prepared(matrix, plan, opened, machine, Path(runs) / name, estimates, seconds, known=known_rates(plan, rates))
     ready.choose(sample, sample_seed, budget)
     return ready

@@ -14,6 +14,7 @@ from .cells import Cell
 from .errors import EXIT_DONE, EXIT_FAILED_CELLS, EXIT_INTERRUPTED, StopError
 from .events import Events
 from .folders import count, drop_beside, finish_folder, is_finished, start_folder, unfinish, write_json
+from .known_rates import keep
 from .leases import Leases
 from .prepared import Prepared, prepare
 from .recording import Recorder
@@ -310,6 +311,7 @@ def run_prepared(ready: Prepared, listeners=(), on_signal=None) -> RunResult:
     started = time.perf_counter()
     folder = ready.folder
     start_folder(ready)
+    keep(ready.store, ready.plan, ready.known)
     events = Events(folder / "events.jsonl", listeners)
     executor = registry.get("executor", "local")(ready.machine, ready.store.url, folder / "logs")
     runner = Runner(ready, events, executor)

@@ -322,6 +322,7 @@ class LimitSettings(Settings):
     tune: Time | None = None
     trial: Time | None = None
     select: Time | None = None
+    rate: Time | None = None
     responses: Time | None = None
     metrics: Time | None = None
     probe: Time | None = None

@@ -1,6 +1,7 @@
 """`select` for real: the rate with the best validation metric is used, at every seed, and the record says how it was chosen."""
 
 import json
+import shutil
 
 import pytest
 
@@ -71,3 +72,56 @@ def test_the_same_as_the_rate_given(chosen):
 def test_again_everything_is_there(chosen):
     again = chosen("run", chosen.folder / "chosen.yaml")
     assert again.returncode == 0 and "everything is in the store" in again.stderr
+
+
+def test_more_seeds_take_the_rates_that_an_earlier_run_states(chosen):
+    """In an empty store, as on another machine: no trial is run, and what comes out is what the whole run gave."""
+    path, elsewhere = chosen.folder / "chosen.yaml", chosen.folder / "another-store"
+    args = (path, "--only", "seed=1", "--store", elsewhere, "--runs", chosen.folder / "more", "--rates", "runs/chosen")
+    plan = chosen("plan", *args, "--json")
+    assert plan.returncode == 0, plan.stderr
+    steps = json.loads(plan.stdout)["steps"]
+    assert {s["why"] for s in steps if s["kind"] == "rate"} == {"taken from an earlier run"}
+    assert not any(s["runs"] for s in steps if s["kind"] in ("rate", "select", "trial"))
+    assert not (elsewhere / "objects").exists()  # a plan changes nothing
+    done = chosen("run", *args, "--json")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    ran = [e["kind"] for e in events if e["event"] == "start"]
+    assert "tune" in ran and not {"trial", "select", "rate"} & set(ran)
+    records = chosen.records("chosen")
+    for file in sorted((chosen.folder / "more/chosen/records").glob("*.json")):
+        found = json.loads(file.read_text())
+        before = records[found["id"]]
+        assert found["metrics"] == before["metrics"] and found["provenance"]["keys"] == before["provenance"]["keys"]
+        origin = found["training"]["selection"].pop("taken_from")
+        assert found["training"]["selection"] == before["training"]["selection"]
+        assert origin["run"] == "chosen" and origin["cell"] == found["id"].replace("s1", "s0")
+    out = chosen.folder / "both"
+    merged = chosen("merge", chosen.folder / "runs/chosen", chosen.folder / "more/chosen", "-o", out)
+    assert merged.returncode == 0, merged.stderr
+    assert len(list((out / "records").glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "rates", "says"),
+    [
+        (("lr: [1e-4, 1e-2]", "lr: [1e-4, 1e-3]"), "runs/chosen", "were made with other settings, data, code or packages"),
+        (("", ""), "runs/nothing", "there is no folder runs/nothing"),
+        (("seed: [0, 1]", "seed: [0]"), "runs/chosen", "no rate of these cells was chosen at another seed"),
+    ],
+)
+def test_rates_that_do_not_fit_are_refused(chosen, change, rates, says):
+    path = chosen.matrix((SELECT + GRID).replace(*change), "unfit.yaml")
+    found = chosen("run", path, "--rates", rates)
+    assert found.returncode == 2 and says in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_record_that_states_no_candidate_is_refused(chosen):
+    shutil.copytree(chosen.folder / "runs/chosen", chosen.folder / "runs/edited")
+    file = chosen.folder / "runs/edited/records/tiny--none--lora--vanilla--smoke_sentiment--s0.json"
+    record = json.loads(file.read_text())
+    record["training"]["selection"]["chosen"] = {"lr": 0.5}
+    file.write_text(json.dumps(record))
+    found = chosen("plan", chosen.folder / "chosen.yaml", "--only", "seed=1", "--rates", "runs/edited")
+    assert found.returncode == 2 and "none of the candidates" in found.stderr and file.name in found.stderr

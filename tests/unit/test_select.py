@@ -66,7 +66,7 @@ def test_candidates_are_tried_once_and_at_the_first_seed(tmp_path):
     assert {s.settings["seed"] for s in trials} == {0} and {s.settings["train"]["lr"] for s in trials} == {1e-3, 3e-3, 1e-2}
     assert all(s.settings["spec"]["split"] == "validation" and s.settings["limit"] == 20 for s in trials)
     tunes = [s for s in steps if s.kind == "tune"]
-    assert len(tunes) == 6 and all("select" in s.needs and "lr" not in s.settings["train"] for s in tunes)
+    assert len(tunes) == 6 and all("rate" in s.needs and "lr" not in s.settings["train"] for s in tunes)
     roles = plan.roles["tiny--nf4--lora--cpet--movie_reviews--s0"]
     assert plan.steps[roles["tune"]].kind == "select" == plan.steps[roles["dense_tune"]].kind
     reported = [s for s in steps if s.kind == "requests" and s.settings["spec"]["split"] == "test"]

@@ -19,6 +19,13 @@ def matrix_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", metavar="TIME", help="only cells that fit into this time by the estimates, as in 2h")
     parser.add_argument("--sample", metavar="SHARE", help="only a balanced part of the cells, as in 20%% (the rest is pending)")
     parser.add_argument("--sample-seed", type=int, default=0, metavar="N", help="another part of the same size (default 0)")
+    parser.add_argument(
+        "--rates",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="take the rates that `select` chose from the records of this run, so that more seeds need no trials again",
+    )
     folders(parser)
 
 
@@ -42,6 +49,7 @@ def prepared(args: argparse.Namespace):
         sample=args.sample,
         sample_seed=args.sample_seed,
         budget=args.budget,
+        rates=args.rates,
     )
 
 

@@ -23,11 +23,11 @@ def run(args: argparse.Namespace) -> int:
     rows, users = [], ready.plan.users()
     later = set(ready.plan.closure(k for i in ready.left_out for k in ready.plan.roles[i].values()))
     for key, step in ready.plan.steps.items():
-        cached = ready.store.has(key)
+        cached = ready.has(key)
         if not cached and key not in missing:
             why = "left out" if key in later else "not needed: what follows from it is there"
         else:
-            why = "cached" if cached else reason(step, before)
+            why = "taken from an earlier run" if key in ready.known else "cached" if cached else reason(step, before)
         rows.append(
             {
                 "key": key,

@@ -72,6 +72,7 @@ _ALL = [
         *("steps.tuning", "steps.scoring", "steps.data", *_TUNE, "deployment", *_SCORING, *_METRICS),
     ),
     _kind("select", 1, (), "selecting:run_select"),
+    _kind("rate", 1, (), "selecting:run_rate"),
     _kind("responses", 1, (*TORCH, "peft"), "scoring:run_responses", "deployment", *_SCORING),
     _kind("metrics", 1, ("lm-eval",), "data:run_metrics", *_METRICS),
     _kind("probe", 1, (*TORCH, "peft"), "scoring:run_probe", "probes.throughput", "probes.memory"),

@@ -53,6 +53,11 @@ def run_select(ctx: Context) -> dict:
     return {k: v for k, v in trials[best].items() if k != "metrics"} | {"selection": selection}
 
 
+def run_rate(ctx: Context) -> dict:
+    """What was chosen, without the winner's weights: all that other seeds take of it."""
+    return {"selection": ctx.facts["select"]["selection"]}
+
+
 def choice(grid: list[dict[str, float]], trials: list[dict[str, Any]]) -> tuple[int, str]:
     """Number of the best candidate and the metric that decided; ties go to the least log-loss, then to the smallest rate.
 

@@ -181,7 +181,7 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     from ..training import train
 
     s = ctx.settings
-    selection = ctx.facts.get("select", {}).get("selection")  # of a rate that was chosen at another seed
+    selection = ctx.facts.get("rate", {}).get("selection")  # of a rate that was chosen at another seed
     chosen = selection["chosen"] if selection else {}
     rate = {"lr": chosen["lr"]} if chosen else {}
     settings = TrainSettings.model_validate({**s["train"], **rate, "checkpoint_every": ctx.params["checkpoint_every"]})
