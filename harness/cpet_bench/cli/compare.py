@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", help="the metric to compare (default: all that both cells have)")
     parser.add_argument("--runs", default="runs", help="where runs are kept (default: runs)")
     parser.add_argument("--json", action="store_true", help="as JSON on standard output")
-    parser.epilog = "Differences are the first minus the second, more is better, with 95 %% intervals. p is of no difference."
+    parser.epilog = "Differences are the first minus the second, more is better, with 95 % intervals. p is of no difference."
 
 
 def run(args: argparse.Namespace) -> int:
