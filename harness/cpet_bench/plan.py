@@ -18,7 +18,8 @@ from .evaluation.tasks import portable, task_spec
 from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
 from .models.sources import adapter_identity
-from .plan_parts import content_of, control_settings, order_settings
+from .pet.own import plain_name
+from .plan_parts import adalora_settings, content_of, control_settings, order_settings
 from .plan_select import choose
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
@@ -201,6 +202,8 @@ class Planner:
             settings["distill"] = restoring.distill.model_copy(update={"teacher": "dense"}) if other else restoring.distill
         if restoring.control:
             settings["control"] = control_settings(cell)
+        elif plain_name(cell.pet.method) == "adalora":
+            settings["adalora"] = self._placed(lambda: adalora_settings(cell), "pet", cell.axes["pet"], "total_step")
         return fixed(settings)
 
     @once(*AXES)

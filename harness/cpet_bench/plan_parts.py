@@ -45,3 +45,24 @@ def content_of(path: Path) -> str:
             message = f'{path} has no rows; a row is a line such as {{"prompt": ..., "completion": ...}}'
             raise InputError(message, key="jsonl")
     return sha256_file(path)
+
+
+def adalora_settings(cell: Cell) -> dict[str, Any]:
+    """How AdaLoRA trains (pet/allocating.py). InputError where its budget would not be reached just at the end.
+
+    A module that is inherited keeps its ranks, so nothing is asked of it.
+    """
+    fields, steps = cell.pet.fields, cell.train.steps
+    shrinks = fields.get("init_r", 12) > fields.get("target_r", 8)  # PEFT's defaults
+    if shrinks and steps and not cell.restoring.inherit:
+        total = fields.get("total_step")
+        if total is not None and total != steps:
+            raise InputError(
+                f"AdaLoRA deals out its ranks over {total} steps (total_step), {steps} are trained: write total_step: {steps}"
+            )
+        if cell.train.early_stop:
+            raise InputError(
+                "AdaLoRA's ranks are dealt out until the last step, and early_stop may end before it: leave early_stop out, or "
+                "keep all ranks with a target_r as large as init_r"
+            )
+    return {"allocates": shrinks, "penalty": True}

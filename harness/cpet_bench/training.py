@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .errors import StepFailed, Stopping
+from .pet.allocating import adalora
 from .restoring.layerwise import blocks_loss, blocks_seen
 from .restoring.projection import named, projection_facts, projection_flops, projections
 from .settings import DistillSettings, TrainSettings
@@ -18,7 +19,7 @@ from .training_losses import Shares, distill_terms, kl_loss, task_loss
 from .training_model import run, start_token
 from .training_rows import Document, data_order, split, visits
 from .training_scale import LossScale, loss_scale
-from .training_state import DEAD_BASE, Proof, best_weights, fingerprint, load_checkpoint, save_checkpoint, unreachable
+from .training_state import DEAD_BASE, Proof, fingerprint, kept_part, load_checkpoint, save_checkpoint, unreachable
 from .training_stopping import EarlyStop
 
 __all__ = ["data_order", "learning_rate", "train"]
@@ -71,10 +72,10 @@ def train(
         extra_steps: steps added to `settings.steps` (control `longer`).
         seed: of dropout, where the model or its modules have any.
     Returns: losses (a list of step, loss, task, distill, kl, lr, grad_norm, seconds; of an encoder-decoder model also
-        distill_encoder and distill_decoder; with early stop validation, None where it was not due), steps (done),
-        documents, tokens, padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch, unreachable;
-        with early stop and batch_tokens early_stop and batches; loss_scale where the base computes in float16; where there
-        were maps, projection (widths by part) and projection_parameters.
+        distill_encoder and distill_decoder, of AdaLoRA penalty; with early stop validation, None where it was not due), steps
+        (done), documents, tokens, padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch,
+        unreachable; with early stop and batch_tokens early_stop and batches; loss_scale where the base computes in float16;
+        where there were maps, projection (widths by part) and projection_parameters; where AdaLoRA gave up ranks, ranks.
     Raises:
         StepFailed: a loss or gradient is not finite, a tensor learned nothing, or memory does not suffice for one document.
         InputError: early stop holds out all the documents there are.
@@ -114,7 +115,12 @@ def train(
     scale = loss_scale(model, trainable, state.get("scale"))
     stopper = EarlyStop(pairs, settings, start_id, state.get("early_stop")) if settings.early_stop and order else None
     if stopper and resumed:
-        stopper.best = best_weights(path)
+        stopper.best = kept_part(path, "best")
+    ada = adalora(model)
+    if ada:
+        ada.check(early_stop=stopper is not None)
+        if resumed:
+            ada.restore(state["adalora"], kept_part(path, "adalora"))
     longest = max((len(r.ids) for d in documents.values() for r in d.rows), default=0)
     proof = Proof(trainable, unreachable(model, trainable, longest), state["unseen"])
 
@@ -137,6 +143,8 @@ def train(
                 while True:
                     torch.manual_seed(seed * 1_000_003 + number)  # dropout: the same whether or not it was interrupted
                     losses, state["micro"] = _backward(model, docs, distill, look_up, state["micro"], optimizer, scale)
+                    if ada:
+                        ada.add_penalty(losses, scale.scale if scale else 1.0)
                     if scale is None or not math.isfinite(losses["loss"]) or scale.unscale(trainable):
                         break
                     optimizer.zero_grad(set_to_none=True)
@@ -144,6 +152,9 @@ def train(
                 norm = _clip(trainable, settings.clip)
                 _finite(losses, norm, number + 1, proof)
                 optimizer.step()
+                if ada:
+                    ada.after(number + 1)
+                    state["adalora"] = ada.state
                 optimizer.zero_grad(set_to_none=True)
                 if stopper:
                     losses["validation"] = stopper.look(model, trainable, number + 1, state["micro"])
@@ -162,7 +173,9 @@ def train(
                 progress(number + 1, settings.steps, f"loss {losses['loss']:.3f}")
                 stop = number + 1 < settings.steps and should_stop()
                 if stop or (number + 1) % settings.checkpoint_every == 0:
-                    save_checkpoint(path, trainable, start, optimizer, state, stopper.best if stopper else None)
+                    more = {"best": stopper.best} if stopper else {}
+                    more |= {"adalora": ada.tensors()} if ada else {}
+                    save_checkpoint(path, trainable, start, optimizer, state, **more)
                 if stop:
                     raise Stopping(f"stopped after step {number + 1} of {settings.steps}")
     finally:
@@ -197,6 +210,8 @@ def train(
         facts["batches"] = {"tokens": settings.batch_tokens, "documents": [min(sizes), max(sizes)]}
     if scale:
         facts["loss_scale"] = scale.scale
+    if ada and (ranks := ada.ranks()):
+        facts["ranks"] = ranks
     return facts
 
 

@@ -25,14 +25,14 @@ def fingerprint(trainable: dict[str, torch.nn.Parameter], settings: TrainSetting
     return json.dumps([ours, more, {k: list(p.shape) for k, p in trainable.items()}], sort_keys=True)
 
 
-def save_checkpoint(path: Path, trainable, start, optimizer, state: dict, best: dict | None = None) -> None:
+def save_checkpoint(path: Path, trainable, start, optimizer, state: dict, **more: dict[str, torch.Tensor]) -> None:
     """One file with weights, start weights, optimiser state and (as metadata) `state`; whole or not there at all.
 
-    best: other weights of the trainable tensors to keep as well (`best_weights` reads them).
+    more: further tensors to keep, by part and name (`kept_part` reads them).
     """
     from safetensors.torch import save_file
 
-    tensors = {f"best/{name}": value for name, value in (best or {}).items()}
+    tensors = {f"{part}/{name}": value for part, found in more.items() for name, value in found.items()}
     for name, p in trainable.items():
         tensors[f"weight/{name}"], tensors[f"start/{name}"] = p.detach(), start[name]
         for key, value in optimizer.state.get(p, {}).items():
@@ -79,12 +79,13 @@ def load_checkpoint(path: Path, trainable, optimizer, wanted: str) -> tuple[dict
     return state, start
 
 
-def best_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The `best` weights of a checkpoint that `load_checkpoint` accepted, on the CPU."""
+def kept_part(path: Path, part: str) -> dict[str, torch.Tensor]:
+    """Further tensors of a checkpoint that `load_checkpoint` accepted, by name, on the CPU."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {name.removeprefix("best/"): file.get_tensor(name) for name in file.keys() if name.startswith("best/")}
+        prefix = f"{part}/"
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
 
 
 class Proof:

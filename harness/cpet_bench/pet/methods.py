@@ -82,6 +82,7 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     _inject(model, config, name, 0)
     if config.is_prompt_learning:
         model.cpet_prompt.requires_grad_(trainable)
+    getattr(model, _KEPT)["saved"] = True
     wrapper = getattr(model, _KEPT)["wrapper"]
     given = load_file(weights)
     expected = _state(wrapper, name)

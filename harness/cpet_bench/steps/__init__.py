@@ -51,7 +51,8 @@ _SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "g
 _PASS = ("training_model", "training_rows", "models.arch")
 _TRAIN = ("training", "training_losses", "training_scale", "training_state", "training_stopping", *_PASS)
 _MORE = ("restoring.cuts", "restoring.inheriting", "restoring.projection", "restoring.layerwise")
-_TUNE = (*_TRAIN, "pet.methods", "pet.nola", "pet.whole", "pet.prompts", "restoring.recover", "restoring.fairness", *_MORE)
+_RESTORE = ("restoring.recover", "restoring.fairness", *_MORE)
+_TUNE = (*_TRAIN, "pet.methods", "pet.nola", "pet.whole", "pet.prompts", "pet.allocating", *_RESTORE)
 _METRICS = ("evaluation.metrics", "evaluation.intervals", "stats")
 _ALL = [
     _kind("model", 1, (), "models:run_model", "models.sources", "models.pypi", "models.tiny"),
