@@ -97,8 +97,8 @@ class Schedule:
         """The step a worker that holds the models `held` should run now; None while there is none.
 
         First what the end of everything may wait for: a step whose path is a fair part of all that is left, spread over
-        the workers. Else a step whose model the worker holds, else any; of those the most useful. A step that must run alone
-        comes when nothing else is ready.
+        the workers. Else a step whose model the worker holds, or a more useful one that needs none, else any; of those the most
+        useful. A step that must run alone comes when nothing else is ready.
         """
         if self._lone:
             return None
@@ -106,11 +106,12 @@ class Schedule:
             urgent = self._top(self._critical)
             if urgent and self.rank[urgent] >= SLACK * self.work / self.workers:
                 return self._of_same_rank(urgent, held)
-        for model in held:
-            key = self._top(self._by_model[model])
-            if key:
-                return key
         key = self._top(self._useful)
+        for model in held:
+            mine = self._top(self._by_model[model])
+            if mine:  # one that needs no model costs no loading either: choosing a rate must not wait for all trials
+                free = self.steps[key].needs.get("model") is None and self.order[key] < self.order[mine]
+                return key if free else mine
         if key is None and not self.running:
             key = self._top(self._alone)
         return key

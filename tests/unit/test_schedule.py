@@ -97,3 +97,20 @@ def test_random_graphs_run_each_step_once_and_in_order():
             s.finish(done)
             ran.append(done)
         assert sorted(ran) == sorted(steps)
+
+
+def test_a_choice_among_trials_does_not_wait_for_all_trials_of_the_model_held():
+    """So that cells are finished one after the other, and a run that is stopped has some of them."""
+    edges = [("m", {})]
+    for cell in "xyz":
+        edges += [(f"trial {cell}", {"model": "m"}), (f"select {cell}", {"trial0": f"trial {cell}"})]
+        edges += [(f"score {cell}", {"model": "m", "adapter": f"select {cell}"})]
+    steps, k = graph(*edges)
+    first = {key: i // 3 for i, key in enumerate(list(steps)[1:])}
+    s = Schedule(steps, list(steps)[1:], list(steps)[:1], {}, first=first)
+    names, order = {v: n for n, v in k.items()}, []
+    while (key := s.next(held=[k["m"]])) is not None:
+        s.start(key)
+        order.append(names[key])
+        s.finish(key)
+    assert order == [f"{what} {cell}" for cell in "xyz" for what in ("trial", "select", "score")]
