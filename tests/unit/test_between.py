@@ -51,6 +51,28 @@ def test_pairs_agree_in_every_other_axis(run):
     assert len(across.pairs) == 2 and across.alone == ["tiny--nf4--lora--vanilla--movies--s0"]
 
 
+def test_tuned_cells_are_held_against_the_untuned_one(tmp_path):
+    """Which has neither PET nor restoring, and only the first seed."""
+    draw = np.random.default_rng(5).random(N)
+    made = {("none", "none", 0): draw < 0.6, ("lora", "vanilla", 0): draw < 0.8, ("lora", "cpet", 1): draw < 0.5}
+    records, outcomes = [], {}
+    for (pet, restoring, seed), values in made.items():
+        one = record("nf4", pet, restoring, metrics={"acc": metric(float(values.mean()), n=N)}, seed=seed)
+        one["references"]["untuned"] = "tiny--nf4--none--none--movies--s0" if pet == "lora" else None
+        records.append(one)
+        outcomes[one["id"]] = rows(values.astype(float))
+    other = record("int8", "lora", "vanilla")  # of a compression whose untuned cell is not there
+    run = write_run(tmp_path / "run", [*records, other], outcomes)
+    for first, second, sign in (("pet=lora", "pet=none", 1), ("pet=none", "pet=lora", -1)):
+        found = between(run, first, second)
+        assert found.alone == [other["id"]] and len(found.pairs) == 2
+        for pair in found.pairs:
+            tuned = made["lora", "cpet", 1] if "cpet" in pair.first + pair.second else made["lora", "vanilla", 0]
+            assert pair.difference == pytest.approx(sign * (tuned.mean() - made["none", "none", 0].mean()))
+    (one,) = between(run, "restoring=cpet", "restoring=none").pairs
+    assert one.first.endswith("cpet--movies--s1") and one.difference < 0
+
+
 def test_differences_intervals_and_p_values(run):
     made = cells()
     found = {(p.first.split("--")[1], p.metric): p for p in between(run, "restoring=cpet", "restoring=matched").pairs}

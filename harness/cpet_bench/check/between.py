@@ -52,7 +52,7 @@ class Comparison:
 
 
 def between(run: str | Path, first: str, second: str, *, metric: str | None = None, level: float = 0.95) -> Comparison:
-    """Compare cells of a run that differ in one axis only.
+    """Compare cells of a run that differ in one axis only; and tuned cells with the untuned one of their model.
 
     Args:
         first, second: `AXIS=NAME` twice, of one axis. metric: which (None: all that both have). level: of the intervals.
@@ -69,12 +69,14 @@ def between(run: str | Path, first: str, second: str, *, metric: str | None = No
     for cell, record in records.items():
         rest = tuple((k, str(v)) for k, v in record["axes"].items() if k != axis)
         groups.setdefault(rest, {})[str(record["axes"][axis])] = cell
-    for group in groups.values():
-        cells = [group[name] for name in names if name in group]
+    pairs = [[group[name] for name in names if name in group] for group in groups.values()]
+    pairs += _untuned(records, axis, names)
+    partnered = {cell for cells in pairs if len(cells) == 2 for cell in cells}
+    for cells in pairs:
         if len(cells) == 2:
             found.pairs += _pairs(Path(run), *(records[c] for c in cells), metric, level)
         else:
-            found.alone += cells
+            found.alone += [cell for cell in cells if cell not in partnered]
     if not found.pairs:
         what = f" with a metric {metric!r}" if metric else ""
         raise InputError(f"no two cells of {run}{what} differ in {axis} alone ({names[0]} and {names[1]})")
@@ -82,6 +84,18 @@ def between(run: str | Path, first: str, second: str, *, metric: str | None = No
         tested = [p for p in found.pairs if p.metric == name and p.p is not None]
         for pair, p in zip(tested, holm([p.p for p in tested]), strict=True):
             pair.p_holm = float(p)
+    return found
+
+
+def _untuned(records: dict[str, dict], axis: str, names: tuple[str, str]) -> list[list[str]]:
+    """Cells that are tuned, each with the untuned one: it has neither a PET nor a restoring, so that two axes always differ."""
+    found = []
+    for cell, record in records.items():
+        base = record["references"].get("untuned")
+        if base in records and base != cell:
+            here, there = (str(records[c]["axes"][axis]) for c in (cell, base))
+            if {here, there} == set(names):
+                found.append([cell, base] if here == names[0] else [base, cell])
     return found
 
 
