@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_training_options import folders, rows, run  # noqa: F401 (folders is a fixture)
+from test_training_options import folders, rows, run  # noqa: F401
 from torch.nn import functional as F
 
 from conftest import Cli
@@ -20,7 +20,7 @@ TRAIN = {"steps": STEPS, "batch": 8, "lr": 0.02}
 
 
 @pytest.fixture
-def model(folders):  # noqa: F811
+def model(folders):
     def load(**fields):
         found = load_model(folders["llama"], dtype="float32")
         return methods.attach(found, PetSettings(method="adalora", **FIELDS | fields), seed=3)
@@ -70,7 +70,7 @@ def test_the_same_as_a_loop_written_from_the_paper(model, tmp_path):
     assert sum(int((v != 0).sum()) for n, v in mine.items() if "lora_E" in n) == 2 * LAYERS
 
 
-def test_the_budget_is_reached_saved_and_read_by_plain_peft(model, folders, tmp_path):  # noqa: F811
+def test_the_budget_is_reached_saved_and_read_by_plain_peft(model, folders, tmp_path):
     from peft import PeftModel
     from safetensors.torch import load_file
 
@@ -107,7 +107,7 @@ def test_a_stop_changes_nothing(model, tmp_path):
     assert resumed["ranks"] == facts["ranks"]
 
 
-def test_an_inherited_module_keeps_its_ranks(model, folders, tmp_path):  # noqa: F811
+def test_an_inherited_module_keeps_its_ranks(model, folders, tmp_path):
     ours = model()
     run(ours, rows(48), tmp_path / "first", **TRAIN)
     methods.save(ours, tmp_path / "adapter")

@@ -389,9 +389,8 @@ def test_a_plan_knows_that_it_trains(tmp_path):
     from cpet_bench.store import Store
 
     path = tmp_path / "matrix.yaml"
-    lines = ["  none: none", "  long: {backend: student, depth: 0.5, steps: 1000}"]
-    lines += ["  short: {backend: student, depth: 0.5, steps: 10}", '  sparse: {backend: magnitude, pattern: "2:4"}']
-    path.write_text("\n".join([f"extends: {SMOKE}", "compression:", *lines]) + "\n")
+    students = "".join(f"  {n}: {{backend: student, depth: 0.5, steps: {s}}}\n" for n, s in (("long", 1000), ("short", 10)))
+    path.write_text(f'extends: {SMOKE}\ncompression:\n{students}  sparse: {{backend: magnitude, pattern: "2:4"}}\n')
     matrix = load_matrix(path)
     machine = dict.fromkeys(("device", "name", "dtype", "attention", "tf32", "threads", "tokens_per_batch"))
     plan = Planner(matrix, machine).build(expand(matrix))
