@@ -27,14 +27,15 @@ def known_rates(plan: Plan, folders: Iterable[str | Path]) -> dict[str, dict[str
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         stated = list(_stated(folder))
-        mine = [(path, record) for path, record in stated if record["provenance"]["keys"]["tune"] in steps]
+        mine = [(path, record) for path, record in stated if record["provenance"]["keys"].get("tune") in steps]
         if not mine:
             raise InputError(_none_fits(folder, plan, bool(steps), stated), key="--rates")
         for path, record in mine:
             key = record["provenance"]["keys"]["tune"]
             selection = record["training"]["selection"]
-            if selection["chosen"] not in plan.steps[key].settings["grid"]:
-                message = f"it states a choice that is none of the candidates: {selection['chosen']}"
+            chosen = selection.get("chosen")
+            if chosen not in plan.steps[key].settings["grid"]:
+                message = f"it states a choice that is none of the candidates: {chosen}"
                 raise InputError(message, file=path, key="training.selection.chosen")
             origin = {"run": record["run"], "cell": record["id"], "created": record["provenance"]["created"]}
             found.setdefault(steps[key].key, {"selection": {**selection, "taken_from": origin}})
@@ -59,7 +60,7 @@ def _stated(folder: str | Path):
     for run in run_folders(folder):
         for path in sorted((run / "records").glob("*.json")):
             record = read_record(path)
-            if record["status"] == "done" and ((record["training"] or {}).get("selection")):
+            if record["status"] == "done" and isinstance((record["training"] or {}).get("selection"), dict):
                 yield path, record
 
 
