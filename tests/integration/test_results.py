@@ -349,6 +349,19 @@ def test_false_results_are_not_reproduced(made, copied, capsys, monkeypatch):
     assert any(c.startswith("torch 1.0 → ") for c in cell.changed)
 
 
+def test_another_make_of_processor_may_round_otherwise(made, copied):
+    """Of 60 documents 3 others are too many on the same one and fine elsewhere; 7 are too many there as well."""
+    store = made.cli.env["CPET_BENCH_STORE"]
+    for elsewhere, wrong, refused in ((False, 3, True), (True, 3, False), (True, 7, True)):
+        shutil.copy(outcomes(made.run), outcomes(copied))
+        rewrite(outcomes(copied), lambda rows, times=wrong: flipped(rows, times))
+        if elsewhere:
+            change(record(copied), lambda r: r["provenance"]["device"].update(name="Another processor"))
+        (cell,) = reproduce(copied, cells=[DENSE], store=store).cells
+        assert cell.equal == pytest.approx(1 - wrong / 60) and cell.required == (0.9 if elsewhere else 0.98)
+        assert any("of the outcomes are equal" in why for why in cell.why) is refused
+
+
 def test_what_cannot_be_reproduced(copied, capsys):
     words = ["reproduce", str(copied), "--store", str(copied / "store")]
     assert main([*words, "--cell", TUNED[:-1] + "9"]) == 2 and TUNED in capsys.readouterr().err

@@ -66,7 +66,7 @@ def show(report) -> None:
             table.add_row(escape(m.name), _number(m.kept) + escape(span), _number(m.now), "yes" if m.within else "NO")
         console.print(table)
         if cell.equal is not None:
-            print(f"  equal outcomes: {cell.equal:.1%} of {cell.documents} documents (at least 98 %)")
+            print(f"  equal outcomes: {cell.equal:.1%} of {cell.documents} documents (at least {cell.required:.0%})")
         if cell.logprob_max is not None:
             print(f"  log-probabilities differ by at most {cell.logprob_max:.2g}, on average {cell.logprob_mean:.2g}")
         if cell.changed:
