@@ -7,7 +7,9 @@ import torch
 from test_training_options import folders, rows, run  # noqa: F401
 from torch.nn import functional as F
 
+from compressed import compress
 from conftest import Cli
+from cpet_bench.compression.bnb import BitsAndBytes
 from cpet_bench.errors import StepFailed, Stopping
 from cpet_bench.models.loading import load_model
 from cpet_bench.pet import methods
@@ -122,6 +124,23 @@ def test_an_inherited_module_keeps_its_ranks(model, folders, tmp_path):
     wanted = outputs(start)
     again = methods.attach_saved(load_model(folders["llama"], dtype="float32"), tmp_path / "again", trainable=False)
     torch.testing.assert_close(outputs(again), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_four_bit_model_that_was_run_takes_it_and_is_left_as_it_was(folders, tmp_path):
+    """Its weights are repacked by a first pass; what reads the model's `state_dict` afterwards loses their scales."""
+    compress(BitsAndBytes, folders["llama"], tmp_path / "nf4", type="nf4")
+    tuned = methods.attach(load_model(tmp_path / "nf4", dtype="float32"), PetSettings(method="adalora", **FIELDS), seed=3)
+    facts = run(tuned, rows(48), tmp_path / "t", **TRAIN)
+    assert facts["ranks"]["total"] == 2 * LAYERS
+    methods.save(tuned, tmp_path / "adapter")
+    fresh = methods.attach_saved(load_model(tmp_path / "nf4", dtype="float32"), tmp_path / "adapter", trainable=False)
+    wanted = outputs(fresh)
+    model = load_model(tmp_path / "nf4", dtype="float32")
+    before = outputs(model)
+    methods.attach_saved(model, tmp_path / "adapter", trainable=False)
+    assert torch.equal(outputs(model), wanted) and not torch.equal(wanted, before)
+    methods.detach(model)
+    assert torch.equal(outputs(model), before)
 
 
 def test_what_cannot_reach_its_budget_is_refused(model, tmp_path):

@@ -84,6 +84,8 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
         model.cpet_prompt.requires_grad_(trainable)
     getattr(model, _KEPT)["saved"] = True
     wrapper = getattr(model, _KEPT)["wrapper"]
+    if config.peft_type.value == "ADALORA" and config.rank_pattern:  # else PEFT does it, by way of the model's state_dict
+        wrapper.base_model.resize_modules_by_rank_pattern(config.rank_pattern, name)
     given = load_file(weights)
     expected = _state(wrapper, name)
     problems = differences({k: tuple(v.shape) for k, v in given.items()}, {k: tuple(v.shape) for k, v in expected.items()})
