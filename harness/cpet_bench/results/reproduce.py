@@ -102,9 +102,9 @@ def reproduce(
         device: as of `run`. allow_code: whether a matrix may run code of its own. keep: a folder for the new run.
 
     Where the matrix leaves the number format to the machine (`dtype: auto`), it is the one that the records name.
-    A cell is reproduced when at least 98 % of its right-or-wrong outcomes are equal, document by document (on a processor
-    or GPU of another name than the record's 90 %: it rounds otherwise), and every metric lies within the kept interval (where there
-    is none: within 1 %). Speeds are not compared. Raises InputError for a run that
+    A cell is reproduced when at least 98 % of its right-or-wrong outcomes are equal, document by document (90 % on a processor
+    or GPU of another name than the record's, which rounds otherwise), and every metric lies within the kept interval (where
+    there is none: within 1 %). Speeds are not compared. Raises InputError for a run that
     lacks what it needs, StopError for disk, store and network.
     """
     folder = one_run(run)
