@@ -13,7 +13,7 @@ from cpet_bench.leases import Leases
 from cpet_bench.steps import KINDS
 from cpet_bench.store import Store
 
-USED = set(KINDS) - {"trial", "select"}  # the smoke run has its rates given; test_select_run has those
+USED = set(KINDS) - {"trial", "select", "rate"}  # the smoke run has its rates given; test_select_run has those
 
 
 @pytest.fixture
