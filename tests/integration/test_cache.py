@@ -48,7 +48,8 @@ def damage(path: Path, rng: random.Random) -> str:
 def test_verify_finds_a_hundred_of_a_hundred_faults(copied):
     rng, root = random.Random(1), Path(copied.root, "objects")
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.stat().st_size)
-    kind = {path: Store(copied.url).manifest(path.relative_to(root).parts[1]).kind for path in files}
+    there = manifests(copied)
+    kind = {path: there[path.relative_to(root).parts[1]].kind for path in files}
     kinds = set(kind.values())
     one_of_each = [rng.choice([path for path in files if kind[path] == name]) for name in sorted(kinds)]
     for number, path in enumerate([*one_of_each, *rng.choices(files, k=100 - len(kinds))]):
