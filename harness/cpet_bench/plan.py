@@ -19,7 +19,7 @@ from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
 from .models.sources import adapter_identity
 from .pet.own import plain_name
-from .plan_parts import adalora_settings, content_of, control_settings, order_settings
+from .plan_parts import adalora_settings, content_of, control_settings, order_settings, replaces_weights
 from .plan_select import choose
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
@@ -204,6 +204,8 @@ class Planner:
             settings["control"] = control_settings(cell)
         elif plain_name(cell.pet.method) == "adalora":
             settings["adalora"] = self._placed(lambda: adalora_settings(cell), "pet", cell.axes["pet"], "total_step")
+        if replaces_weights(cell.pet):
+            settings["masters"] = "float32"
         return fixed(settings)
 
     @once(*AXES)

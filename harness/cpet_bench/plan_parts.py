@@ -7,7 +7,8 @@ from typing import Any
 
 from .cells import Cell
 from .errors import InputError
-from .settings import TrainSettings
+from .pet.own import plain_name
+from .settings import PetSettings, TrainSettings
 
 
 def control_settings(cell: Cell) -> dict[str, Any]:
@@ -66,3 +67,13 @@ def adalora_settings(cell: Cell) -> dict[str, Any]:
                 "keep all ranks with a target_r as large as init_r"
             )
     return {"allocates": shrinks, "penalty": True}
+
+
+def replaces_weights(pet: PetSettings) -> bool:
+    """Whether a PET method trains parameters in the model's own format, which training_masters.py then steps in float32.
+
+    Earlier versions stepped them in the model's format: what those trained must not pass for this, so it is in these keys.
+    """
+    fields = pet.fields
+    own = plain_name(pet.method) in ("ln_tuning", "adaption_prompt")
+    return own or bool(fields.get("modules_to_save")) or fields.get("bias", "none") != "none"

@@ -16,6 +16,7 @@ from .restoring.projection import named, projection_facts, projection_flops, pro
 from .settings import DistillSettings, TrainSettings
 from .training_cost import flops_of, peak_memory
 from .training_losses import Shares, distill_terms, kl_loss, task_loss
+from .training_masters import Masters
 from .training_model import run, start_token
 from .training_rows import Document, data_order, split, visits
 from .training_scale import LossScale, loss_scale
@@ -79,7 +80,6 @@ def train(
     Raises:
         StepFailed: a loss or gradient is not finite, a tensor learned nothing, or memory does not suffice for one document.
         InputError: early stop holds out all the documents there are.
-        Unsupported: a trainable tensor is in float16.
         Stopping: `should_stop()` said so; the checkpoint is written.
     """
     settings = settings.model_copy(update={"steps": settings.steps + extra_steps})
@@ -97,22 +97,25 @@ def train(
         look_up.maps = maps
         trainable |= named(maps)
 
-    groups = [{"params": list(trainable.values()), "lr": settings.lr}]
+    masters = Masters(trainable)
+    stepped = masters.stepped
+    groups = [{"params": list(stepped.values()), "lr": settings.lr}]
     devices = {p.device.type for p in trainable.values()}
     fused = devices <= {"cpu"} or devices <= {"cuda"}
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
     path = Path(scratch, "training.safetensors")
     more = {"distill": distill.model_dump(mode="json") if distill else None, "seed": seed, "documents": len(pairs)}
-    print_ = fingerprint(trainable, settings, more)
-    resumed = load_checkpoint(path, trainable, optimizer, print_)
+    print_ = fingerprint(stepped, settings, more | ({"masters": sorted(masters.halves)} if masters.halves else {}))
+    resumed = load_checkpoint(path, stepped, optimizer, print_)
     if resumed:
         state, start = resumed
+        masters.spread()
     else:
-        start = {name: p.detach().clone() for name, p in trainable.items()}
+        start = {name: p.detach().clone() for name, p in stepped.items()}
         state = {"fingerprint": print_, "step": 0, "losses": [], "unseen": None, "tokens": 0, "padded": 0, "seconds": 0.0}
         largest = max(map(len, order), default=1)
         state["micro"] = min(settings.micro_batch or largest, largest)
-    scale = loss_scale(model, trainable, state.get("scale"))
+    scale = loss_scale(model, state.get("scale"))
     stopper = EarlyStop(pairs, settings, start_id, state.get("early_stop")) if settings.early_stop and order else None
     if stopper and resumed:
         stopper.best = kept_part(path, "best")
@@ -122,7 +125,7 @@ def train(
         if resumed:
             ada.restore(state["adalora"], kept_part(path, "adalora"))
     longest = max((len(r.ids) for d in documents.values() for r in d.rows), default=0)
-    proof = Proof(trainable, unreachable(model, trainable, longest), state["unseen"])
+    proof = Proof(stepped, unreachable(model, trainable, longest), state["unseen"])
 
     was_training = model.training
     model.train()  # layers that repack their weights for evaluation, and dropout, look at this
@@ -142,20 +145,22 @@ def train(
                 docs = [documents[i] for i in order[number]]
                 while True:
                     torch.manual_seed(seed * 1_000_003 + number)  # dropout: the same whether or not it was interrupted
-                    losses, state["micro"] = _backward(model, docs, distill, look_up, state["micro"], optimizer, scale)
+                    losses, state["micro"] = _backward(model, docs, distill, look_up, state["micro"], masters, scale)
                     if ada:
                         ada.add_penalty(losses, scale.scale if scale else 1.0)
-                    if scale is None or not math.isfinite(losses["loss"]) or scale.unscale(trainable):
+                    masters.gather()
+                    if scale is None or not math.isfinite(losses["loss"]) or scale.unscale(stepped):
                         break
-                    optimizer.zero_grad(set_to_none=True)
+                    masters.zero_grad()
                 proof.look(number + 1)
-                norm = _clip(trainable, settings.clip)
+                norm = _clip(stepped, settings.clip)
                 _finite(losses, norm, number + 1, proof)
                 optimizer.step()
+                masters.spread()
                 if ada:
                     ada.after(number + 1)
                     state["adalora"] = ada.state
-                optimizer.zero_grad(set_to_none=True)
+                masters.zero_grad()
                 if stopper:
                     losses["validation"] = stopper.look(model, trainable, number + 1, state["micro"])
                     state["early_stop"] = stopper.state
@@ -175,11 +180,11 @@ def train(
                 if stop or (number + 1) % settings.checkpoint_every == 0:
                     more = {"best": stopper.best} if stopper else {}
                     more |= {"adalora": ada.tensors()} if ada else {}
-                    save_checkpoint(path, trainable, start, optimizer, state, **more)
+                    save_checkpoint(path, stepped, start, optimizer, state, **more)
                 if stop:
                     raise Stopping(f"stopped after step {number + 1} of {settings.steps}")
     finally:
-        optimizer.zero_grad(set_to_none=True)
+        masters.zero_grad()
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
@@ -227,7 +232,7 @@ def _teacher(distill: DistillSettings | None, features: Path | None, teacher):
     return Alongside(teacher, distill)
 
 
-def _backward(model, docs: list[Document], distill, look_up, micro: int, optimizer, scale) -> tuple[dict, int]:
+def _backward(model, docs: list[Document], distill, look_up, micro: int, masters: Masters, scale) -> tuple[dict, int]:
     """Gradients of one step; after running out of memory again with half as many documents per pass."""
     while True:
         try:
@@ -236,7 +241,7 @@ def _backward(model, docs: list[Document], distill, look_up, micro: int, optimiz
             if not _out_of_memory(error):
                 raise
             text = str(error).strip().splitlines()[0]
-        optimizer.zero_grad(set_to_none=True)
+        masters.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if micro == 1:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .errors import StepFailed, Unsupported
+from .errors import StepFailed
 
 START, GROWTH = 2.0**16, 200  # the scale to begin with; finite steps after which it doubles
 
@@ -47,14 +47,8 @@ class LossScale:
         return True
 
 
-def loss_scale(model, trainable: dict[str, torch.nn.Parameter], state: dict | None = None) -> LossScale | None:
-    """What training this model needs; None where nothing of it computes in float16.
-
-    Unsupported where a trainable tensor is itself float16: an optimiser's updates are below what it can tell apart.
-    """
+def loss_scale(model, state: dict | None = None) -> LossScale | None:
+    """What training this model needs; None where nothing of it computes in float16."""
     if not any(p.dtype == torch.float16 for p in model.parameters()):
         return None
-    half = [name for name, p in trainable.items() if p.dtype == torch.float16]
-    if half:
-        raise Unsupported(f"{half[0]} would be trained in float16, which loses small updates; use device: {{dtype: bfloat16}}")
     return LossScale(state)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from cpet_bench.errors import InputError, StepFailed, Stopping, Unsupported
+from cpet_bench.errors import InputError, StepFailed, Stopping
 from cpet_bench.models.loading import load_model
 from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
@@ -93,11 +93,11 @@ def test_accumulated_and_checkpointed_gradients_are_the_same(arch, tuned, tmp_pa
     whole, facts = gradients(tuned(arch, recovery=True), documents, tmp_path / "a", **more)
     assert facts["micro_batch"] == 8 and facts["losses"][0]["distill"] > 0
     parts, few = gradients(tuned(arch, recovery=True), documents, tmp_path / "b", micro_batch=2, **more)
-    assert few["micro_batch"] == 2 and furthest(whole, parts) < 1e-6
+    assert few["micro_batch"] == 2 and furthest(whole, parts) < 5e-6  # sums in another order, in float32
     assert few["losses"][0]["loss"] == pytest.approx(facts["losses"][0]["loss"], rel=1e-6)
     model = tuned(arch, recovery=True)
     again, _ = gradients(model, documents, tmp_path / "c", gradient_checkpointing=True, **more)
-    assert furthest(whole, again) < 1e-6 and not model.is_gradient_checkpointing
+    assert furthest(whole, again) < 5e-6 and not model.is_gradient_checkpointing
 
 
 # -- early stop --------------------------------------------------------------------------------------------------------
@@ -279,13 +279,6 @@ def test_small_gradients_survive_float16(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr("cpet_bench.training_scale.START", 1.0)
     lost = run(shrunk(tuned(dtype="float16")), documents, tmp_path / "c", batch=8)
     assert abs(lost["losses"][0]["grad_norm"] / norm - 1) > 0.05
-
-
-def test_float16_weights_are_not_trained(tuned, tmp_path):
-    model = tuned(dtype="float16")
-    model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(Unsupported, match="model.norm.weight would be trained in float16.*bfloat16"):
-        run(model, rows(8), tmp_path, batch=8)
 
 
 def test_a_loss_that_overflows_float16_says_what_helps(tuned, tmp_path):
