@@ -102,17 +102,22 @@ class Chart:
 
 
 def scatter(points: Sequence[dict[str, Any]], title: str, x_label: str, y_label: str, reference: float | None) -> Chart | None:
-    """Chart of points {x, y, low, high, colour, shape, simulated, row, text}; x starts at 0. None for fewer than two."""
+    """Chart of points {x, y, low, high, colour, shape, simulated, row, text}; None for fewer than two.
+
+    x starts at 0, unless it spans so much that its scale is logarithmic (`wide`), as y's is, too.
+    """
     shown = [p for p in points if exists(p["x"]) and exists(p["y"])]
     if len(shown) < 2:
         return None
-    x_low, x_high = 0.0, max(p["x"] for p in shown) * 1.06 or 1.0
+    xs = [p["x"] for p in shown]
+    far = wide(xs)
+    x_low, x_high = log_domain(xs) if far else (0.0, max(xs) * 1.06 or 1.0)
     values = [v for p in shown for v in (p["y"], p["low"], p["high"])] + [reference]
     log = wide(values)
     y_low, y_high = log_domain(values) if log else domain(values)
 
     def across(v):
-        return pixel(v, x_low, x_high, LEFT, WIDTH - RIGHT)
+        return pixel(math.log10(v) if far else v, x_low, x_high, LEFT, WIDTH - RIGHT)
 
     def up(v):
         return pixel(math.log10(v) if log else v, y_low, y_high, HEIGHT - BOTTOM, TOP)
@@ -124,7 +129,7 @@ def scatter(points: Sequence[dict[str, Any]], title: str, x_label: str, y_label:
         title,
         x_label,
         y_label,
-        [(across(v), figure(v)) for v in ticks(x_low, x_high)],
+        [(across(v), figure(v)) for v in (powers(10**x_low, 10**x_high) if far else ticks(x_low, x_high))],
         [(up(v), f"{v:,.{digits}f}".replace("-", "−")) for v in levels],
         line=up(reference) if exists(reference) else None,
         hollow=any(p["simulated"] for p in shown),

@@ -151,6 +151,7 @@ class Table:
     log: bool = False
     ranks: list[list[int]] = field(default_factory=list)
     charts: list[charts.Chart] = field(default_factory=list)
+    coloured: str = "compression"  # what colours stand for
     colours: list[tuple[str, int, int]] = field(default_factory=list)  # name, colour, shape
     shapes: list[tuple[str, int]] = field(default_factory=list)
 
@@ -242,50 +243,78 @@ def method(entry: Entry) -> str:
 
 def _charts(table: Table, done: list[Entry]) -> None:
     shown = [e for e in done if e.metric(table.primary)]
-    colours = {n: i for i, n in enumerate(dict.fromkeys(e.axis("compression") for e in table.entries))}
-    shapes = {n: i for i, n in enumerate(dict.fromkeys(method(e) for e in shown))}
-    used = {e.axis("compression") for e in shown}
     references = {e.dense_pet["id"]: value(e.dense_pet["metrics"].get(table.primary)) for e in shown if e.dense_pet}
     line = next(iter(references.values())) if len(references) == 1 else None
     y_label = f"{table.primary} ({table.better} is better)" if table.better else str(table.primary)
+    look = _looks(table, shown)
 
-    alone = len(shapes) == 1  # then shapes, too, tell compressions apart
-
-    def shape(e: Entry) -> int:
-        return (colours[e.axis("compression")] // charts.COLOURS if alone else shapes[method(e)]) % charts.SHAPES
-
-    def points(name: str, unit: float, what: str, of: list[Entry]) -> list[dict[str, Any]]:
+    def points(x: Callable[[Entry], float | None], unit: float, of: list[Entry], sim=lambda e: False) -> list[dict[str, Any]]:
         found = []
         for e in of:
-            m, x = e.metric(table.primary), e.probe(name)
+            m, v = e.metric(table.primary), x(e)
             found.append(
                 {
-                    "x": x / unit if exists(x) else None,
+                    "x": v / unit if exists(v) else None,
                     "y": m["value"],
                     "low": m.get("low"),
                     "high": m.get("high"),
-                    "colour": colours[e.axis("compression")] % charts.COLOURS,
-                    "shape": shape(e),
-                    "simulated": e.simulated(what, name),
+                    "colour": look(e)[0],
+                    "shape": look(e)[1],
+                    "simulated": sim(e),
                     "row": e.row,
-                    "text": f"{e.record['id']}: {metric(m['value'])} at {figure(x, unit)}",
+                    "text": f"{e.record['id']}: {metric(m['value'])} at {figure(v, unit)}",
                 }
             )
         return found
 
-    drawn = [charts.scatter(points("disk", MB, "size", shown), "Quality by size on disk", "MB on disk", y_label, line)]
+    def probed(name: str, unit: float, what: str, of: list[Entry]) -> list[dict[str, Any]]:
+        return points(lambda e: e.probe(name), unit, of, lambda e: e.simulated(what, name))
+
+    drawn = []
+    if len({_trained(e) for e in shown if _trained(e)}) > 1:
+        trained = [e for e in shown if _trained(e)]
+        title = "Quality by trained parameters"
+        drawn.append(charts.scatter(points(_trained, 1e6, trained), title, "million trained parameters", y_label, line))
+    drawn.append(charts.scatter(probed("disk", MB, "size", shown), "Quality by size on disk", "MB on disk", y_label, line))
     machines = list(dict.fromkeys(e.machine for e in shown))
     for one in machines:  # a chart each: speeds of different machines cannot be compared
-        own = points("decode", 1.0, "speed", [e for e in shown if e.machine == one])
+        own = probed("decode", 1.0, "speed", [e for e in shown if e.machine == one])
         title = "Quality by decoding speed" + (f" on {one}" if len(machines) > 1 else "")
         drawn.append(charts.scatter(own, title, "decoded tokens per second", y_label, line))
     table.charts = [c for c in drawn if c]
-    table.colours = [
-        (name, i % charts.COLOURS, i // charts.COLOURS % charts.SHAPES if alone else 0)
-        for name, i in colours.items()
-        if name in used
-    ]
-    table.shapes = [] if alone and len(used) > charts.COLOURS else [(n, i % charts.SHAPES) for n, i in shapes.items()]
+
+
+def _trained(entry: Entry) -> int | None:
+    """Parameters that the cell really trained: none where it put together what was trained elsewhere."""
+    return entry.training("trainable_parameters") if entry.training("steps") else None
+
+
+def _looks(table: Table, shown: list[Entry]) -> Callable[[Entry], tuple[int, int]]:
+    """Fill the table's legends, and return what gives an entry's colour and shape.
+
+    Colours stand for compressions, shapes for PET and restoring; where there is one of the one, both stand for the other.
+    """
+    compressions = {n: i for i, n in enumerate(dict.fromkeys(e.axis("compression") for e in table.entries))}
+    methods = {n: i for i, n in enumerate(dict.fromkeys(method(e) for e in shown))}
+    used = {e.axis("compression") for e in shown}
+
+    def both(place: int) -> tuple[int, int]:
+        return place % charts.COLOURS, place // charts.COLOURS % charts.SHAPES
+
+    if len(used) == 1 and len(methods) > 1:
+        table.coloured = "PET and restoring"
+        table.colours = [(name, *both(i)) for name, i in methods.items()]
+        return lambda e: both(methods[method(e)])
+    alone = len(methods) == 1
+    table.colours = [(n, both(i)[0], both(i)[1] if alone else 0) for n, i in compressions.items() if n in used]
+    if not alone or len(used) <= charts.COLOURS:
+        table.shapes = [(n, i % charts.SHAPES) for n, i in methods.items()]
+
+    def look(e: Entry) -> tuple[int, int]:
+        colour, shape = both(compressions[e.axis("compression")])
+        return colour, shape if alone else methods[method(e)] % charts.SHAPES
+
+    return look
 
 
 def cells_of(table: Table, entry: Entry) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def test_filters_by_text_and_axis(page):
     one(page, "#text").send_keys("wanda24 CPET")
     wait.WebDriverWait(page, 5).until(lambda _: count.text == "2 of 12 cells")
     assert shown(page) == ["r9", "r10"]
-    assert len(all_of(page, ".scatter:first-of-type g:not(.off)")) == 4  # two charts
+    assert len(all_of(page, ".scatter:first-of-type g:not(.off)")) == 6  # three charts
     one(page, "#clear").click()
     assert len(shown(page)) == 12 and one(page, "#text").get_attribute("value") == ""
     pick = one(page, ".pick[data-axis=restoring]")
@@ -217,7 +217,7 @@ def test_without_javascript(tmp_path):
         assert shown(driver) == [f"r{i}" for i in range(12)] and not all_of(driver, "th button")
         assert "0.902" in one(driver, "#r1").text and "not finite" in one(driver, "#r11").text
         assert not one(driver, "#filters").is_displayed() and one(driver, "noscript p").rect["height"] > 0
-        assert len([g for g in all_of(driver, ".scatter g") if g.is_displayed()]) == 22
+        assert len([g for g in all_of(driver, ".scatter g") if g.is_displayed()]) == 30
     finally:
         driver.quit()
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import itertools
 import json
 import re
 import subprocess
@@ -287,6 +288,26 @@ def test_perplexities_of_many_sizes_are_drawn_by_their_logarithm():
     assert [t for _, t in chart.y_ticks] == ["10", "20", "50", "100", "200", "500", "1,000"]
     ys = [p["y"] for p in chart.points]
     assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.15) and ys[0] > ys[1]
+
+
+def test_of_one_compression_both_looks_stand_for_the_method_and_quality_for_what_was_trained():
+    """Nine PET methods of 1,000 to 100 million parameters, and one that put together what was trained elsewhere."""
+    axes = {"model": "tiny", "compression": "none", "restoring": "vanilla", "task": "movies", "seed": 0}
+    records = [made.record(axes | {"pet": f"m{i}"}) for i in range(10)]
+    for i, r in enumerate(records):
+        r["training"] |= {"steps": 40 if i < 9 else 0, "trainable_parameters": round(10 ** (3 + i * 5 / 8))}
+    table = view.fill(view.Table("tiny", "movies", [view.Entry(r, "made") for r in records]), ["compression", "pet"])
+    chart = table.charts[0]
+    assert chart.title == "Quality by trained parameters" and len(chart.points) == 9
+    steps = {round(b["x"] - a["x"]) for a, b in itertools.pairwise(chart.points)}
+    assert max(steps) - min(steps) <= 1 and [t for _, t in chart.x_ticks][0] == "0.001"
+    looks = [(p["colour"], p["shape"]) for p in chart.points]
+    assert len(set(looks)) == 9 and looks[8] == (0, 1) and table.coloured == "PET and restoring" and not table.shapes
+    assert [(c, s) for _, c, s in table.colours][:9] == looks and table.colours[0][0] == "m0 · vanilla"
+    for r in records:  # all of one size: nothing to draw by it
+        r["training"]["trainable_parameters"] = 5
+    table = view.fill(view.Table("tiny", "movies", [view.Entry(r, "made") for r in records]), ["compression", "pet"])
+    assert [c.title for c in table.charts] == ["Quality by size on disk", "Quality by decoding speed"]
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "no records", "damaged run.json", "damaged record"])
