@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+import shared_run
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several torch processes with all cores' threads each wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -67,3 +70,22 @@ def smoke(tmp_path_factory) -> SimpleNamespace:
     own = Cli(tmp_path_factory.mktemp("smoke"))
     done = own("run", SMOKE)
     return SimpleNamespace(cli=own, done=done, folder=own.folder / "runs/smoke", records=own.records())
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> SimpleNamespace:
+    """One real run of three cells, and its halves, computed from the same store."""
+    cli = Cli(tmp_path_factory.mktemp("shared"))
+    matrix = cli.matrix(shared_run.TEXT)
+    done = cli("run", matrix)
+    assert done.returncode == 0, done.stderr
+    for name, only in (("half-a", "compression=none"), ("half-b", "compression=wanda24")):
+        assert cli("run", matrix, "--only", only, "--name", name, "--no-page").returncode == 0
+    runs = cli.folder / "runs"
+    return SimpleNamespace(cli=cli, run=runs / "shared", a=runs / "half-a", b=runs / "half-b", records=cli.records("shared"))
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A copy of the run that a test may damage."""
+    return shutil.copytree(made.run, tmp_path / "shared")

@@ -1,11 +1,8 @@
-"""Results that go from hand to hand: a real run validated, damaged, merged of halves, published, and run again."""
+"""Results that go from hand to hand: a real run validated, damaged, published, and run again."""
 
 import json
 import shutil
-from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,73 +10,10 @@ from conftest import SMOKE, Cli
 from cpet_bench.cli.main import main
 from cpet_bench.errors import InputError
 from cpet_bench.results import files
-from cpet_bench.results.merge import merge
 from cpet_bench.results.publish import publish
 from cpet_bench.results.reproduce import reproduce
 from cpet_bench.results.validate import validate
-
-DENSE, TUNED = "tiny--none--none--none--smoke_sentiment--s0", "tiny--none--lora--vanilla--smoke_sentiment--s0"
-PRUNED = "tiny--wanda24--none--none--smoke_sentiment--s0"
-TEXT = """\
-# what we share
-name: shared
-probes: {throughput: false}
-include:
-  - {compression: none, restoring: [none, vanilla]}
-  - {compression: wanda24, restoring: none}
-"""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> SimpleNamespace:
-    """One real run of three cells, and its halves, computed from the same store."""
-    cli = Cli(tmp_path_factory.mktemp("shared"))
-    matrix = cli.matrix(TEXT)
-    done = cli("run", matrix)
-    assert done.returncode == 0, done.stderr
-    for name, only in (("half-a", "compression=none"), ("half-b", "compression=wanda24")):
-        assert cli("run", matrix, "--only", only, "--name", name, "--no-page").returncode == 0
-    runs = cli.folder / "runs"
-    return SimpleNamespace(cli=cli, run=runs / "shared", a=runs / "half-a", b=runs / "half-b", records=cli.records("shared"))
-
-
-@pytest.fixture
-def copied(made, tmp_path):
-    """A copy of the run that a test may damage."""
-    return shutil.copytree(made.run, tmp_path / "shared")
-
-
-def change(path, edit) -> None:
-    body = json.loads(path.read_text())
-    edit(body)
-    path.write_text(json.dumps(body))
-
-
-def rewrite(path, edit) -> None:
-    """Outcomes with other rows: edit(list of rows) → list of rows."""
-    table = pq.read_table(path)
-    pq.write_table(pa.Table.from_pylist(edit(table.to_pylist()), schema=table.schema), path)
-
-
-def record(folder, cell=DENSE):
-    return folder / "records" / f"{cell}.json"
-
-
-def outcomes(folder, cell=DENSE):
-    return folder / "outcomes" / f"{cell}.parquet"
-
-
-def losses(folder, cell=TUNED):
-    return folder / "losses" / f"{cell}.parquet"
-
-
-def flipped(rows, times=3):
-    """The first documents' accuracy the other way round."""
-    left = times
-    for row in rows:
-        if row["metric"] == "acc" and left:
-            row["value"], left = 1.0 - row["value"], left - 1
-    return rows
+from shared_run import DENSE, PRUNED, TUNED, another_machine, change, flipped, losses, outcomes, record, rewrite
 
 
 # -- validate ------------------------------------------------------------------------------------------------------------
@@ -167,83 +101,6 @@ def test_running_again_makes_a_damaged_run_whole(made, copied):
     again = made.cli("run", made.cli.folder / "matrix.yaml", "--runs", runs, "--no-page")
     assert again.returncode == 0 and "everything is in the store" in again.stderr
     assert validate(copied).faults == []
-
-
-# -- merge ---------------------------------------------------------------------------------------------------------------
-def comparable(body: dict) -> dict:
-    """A record without the moment it was written and what was estimated by then."""
-    provenance = {k: v for k, v in body["provenance"].items() if k != "created"}
-    costs = {k: v for k, v in body["costs"].items() if k != "estimated_seconds"}
-    return body | {"provenance": provenance, "costs": costs}
-
-
-def test_two_halves_are_the_whole(made, tmp_path):
-    assert json.loads(record(made.b, PRUNED).read_text())["references"]["dense"] is None
-    assert merge([made.b, made.a], tmp_path / "shared") == {"done": 3}
-    assert validate(tmp_path / "shared").faults == []
-    got = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "shared/records").iterdir()}
-    assert {k: comparable(v) for k, v in got.items()} == {k: comparable(v) for k, v in made.records.items()}
-    mine, whole = (json.loads((f / "run.json").read_text()) for f in (tmp_path / "shared", made.run))
-    assert mine["cells"] == whole["cells"] and mine["matrix"] == whole["matrix"]
-    assert [(s["name"], s["cells"]) for s in mine["sources"]] == [("half-b", [PRUNED]), ("half-a", [DENSE, TUNED])]
-    assert losses(tmp_path / "shared").read_bytes() == losses(made.run).read_bytes()
-    with pytest.raises(InputError, match="there already"):
-        merge([made.a, made.b], tmp_path / "shared")
-    ready = made.cli("plan", tmp_path / "shared/matrix.yaml", "--json")
-    assert ready.returncode == 0 and len(json.loads(ready.stdout)["cells"]) == 3
-
-
-def another_machine(folder):
-    """The run as another machine might have it: three answers differ."""
-    rewrite(outcomes(folder, TUNED), flipped)
-    values = pc.filter(*(lambda t: (t["value"], pc.equal(t["metric"], "acc")))(pq.read_table(outcomes(folder, TUNED))))
-
-    def edit(body):
-        body["metrics"]["acc"]["value"] = pc.mean(values).as_py()
-        body["provenance"]["device"]["name"] = "Another CPU"
-
-    change(record(folder, TUNED), edit)
-    files.write_manifest(folder)
-
-
-def test_conflicts_are_refused_by_name(made, copied, tmp_path, capsys):
-    another_machine(copied)
-    out = tmp_path / "out"
-    with pytest.raises(InputError, match="1 cell has different results") as caught:
-        merge([made.a, copied], out)
-    assert TUNED in str(caught.value) and "--prefer" in str(caught.value) and not list(tmp_path.glob("*out*"))
-    assert main(["merge", str(made.a), str(copied), "-o", str(out), "--prefer", str(copied)]) == 0
-    kept = json.loads(record(out, TUNED).read_text())
-    assert kept["provenance"]["device"]["name"] == "Another CPU" and validate(out).faults == []
-    names = {json.loads(p.read_text())["provenance"]["device"]["name"] for p in (out / "records").iterdir()}
-    assert len(names) == 2
-    capsys.readouterr()
-    assert main(["leaderboard", str(out)]) == 0
-    page = (out / "leaderboard.html").read_text()
-    assert "device used" in page and "Another CPU" in page
-    with pytest.raises(InputError, match="no(ne|t)|names none"):
-        merge([made.a, copied], tmp_path / "other", prefer="nobody")
-
-
-def test_what_cannot_be_merged(made, copied, tmp_path):
-    change(copied / "run.json", lambda r: r["matrix"]["train"].update(lr=1.0))
-    with pytest.raises(InputError, match="has faults"):
-        merge([made.a, copied], tmp_path / "out")
-    files.write_manifest(copied)
-    with pytest.raises(InputError, match="different matrices: train.lr differs"):
-        merge([made.a, copied], tmp_path / "out")
-    with pytest.raises(InputError, match="at least two"):
-        merge([made.a], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_done_cell_wins_over_a_pending_one(made, copied, tmp_path):
-    empty = {"metrics": {}, "primary": None, "probes": {}, "compression": None, "training": None, "simulated": []}
-    change(record(copied, PRUNED), lambda r: r.update(status="pending", **empty))
-    outcomes(copied, PRUNED).unlink()
-    files.write_manifest(copied)
-    assert validate(copied).faults == []
-    assert merge([copied, made.b], tmp_path / "out") == {"done": 3}
 
 
 # -- publish -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from . import files
 from .validate import one_run, read_info, validate
 
 RANK = ("done", "unsupported", "failed", "pending")  # which of two results of a cell is kept
-OF_MATRIX = ("model", "compression", "pet", "restoring", "task", "seed", "train", "prompt", "probes", "allow_code")
+OF_MATRIX = ("model", "compression", "pet", "restoring", "task", "seed", "train", "select", "prompt", "probes", "allow_code")
 SHOWN = 10
 
 
@@ -44,8 +44,9 @@ class Source:
 def merge(runs: list[str | Path], out: str | Path, prefer: str | None = None) -> dict[str, int]:
     """The union of runs of one matrix, written to the new folder `out`. Returns cells by status.
 
-    A cell that several runs have is taken from the one that has it done; where the results are the same from the first.
-    Records stay whole, so that a speed stands beside the device it was measured on.
+    The matrix may have grown from run to run, by entries of its axes: the widest one is kept. A cell that several runs have is
+    taken from the one that has it done; where the results are the same from the first. Records stay whole, so that a
+    speed stands beside the device it was measured on.
 
     Args:
         prefer: the run (by name or path) that wins where results differ.
@@ -66,10 +67,17 @@ def merge(runs: list[str | Path], out: str | Path, prefer: str | None = None) ->
             what = "names none" if not first else "names several"
             raise InputError(f"{prefer!r} {what} of the runs", key="--prefer", given=prefer, allowed=[s.label for s in sources])
         sources = first + [s for s in sources if s is not first[0]]
+    widest = sources[0]
     for other in sources[1:]:
-        _same_matrix(sources[0], other)
+        if not _differing(other, widest) and _differing(widest, other):
+            widest = other
+    for other in sources:
+        if names := _differing(widest, other):
+            where = ", ".join(names[:SHOWN])
+            plural = "s" * (len(names) == 1)
+            raise InputError(f"{widest.label} and {other.label} are runs of different matrices: {where} differ{plural}")
     chosen = _choose(sources, prefer is not None)
-    return _write(sources, chosen, Path(out))
+    return _write(sources, chosen, Path(out), widest)
 
 
 def pathless(value: Any) -> Any:
@@ -81,17 +89,21 @@ def pathless(value: Any) -> Any:
     return [pathless(v) for v in value] if isinstance(value, list) else value
 
 
-def _same_matrix(a: Source, b: Source) -> None:
-    mine, theirs = pathless(a.info["matrix"]), pathless(b.info["matrix"])
+def _differing(wide: Source, other: Source) -> list[str]:
+    """Keys of the two matrices that differ, but for entries of an axis that only `wide` has: it may have grown."""
+    mine, theirs = pathless(wide.info["matrix"]), pathless(other.info["matrix"])
+    found = []
     for part in OF_MATRIX:
         x, y = mine.get(part), theirs.get(part)
-        if x == y:
+        axis = part in AXES
+        if x == y or (axis and part == "seed" and set(y) <= set(x)):
             continue
-        names = [part]
         if isinstance(x, dict) and isinstance(y, dict):
-            names = [f"{part}.{k}" for k in dict.fromkeys([*x, *y]) if x.get(k, ...) != y.get(k, ...)]
-        where = ", ".join(names[:SHOWN])
-        raise InputError(f"{a.label} and {b.label} are runs of different matrices: {where} differ" + "s" * (len(names) == 1))
+            keys = y if axis else dict.fromkeys([*x, *y])
+            found += [f"{part}.{k}" for k in keys if x.get(k, ...) != y.get(k, ...)]
+        else:
+            found.append(part)
+    return found
 
 
 def _choose(sources: list[Source], preferring: bool) -> dict[str, Source]:
@@ -127,11 +139,11 @@ def _values(cell: str, a: Source, b: Source) -> str:
     return f" ({name} {x:.6g} and {y:.6g})" if x is not None and y is not None else ""
 
 
-def _write(sources: list[Source], chosen: dict[str, Source], out: Path) -> dict[str, int]:
-    matrix = sources[0].info["matrix"]
+def _write(sources: list[Source], chosen: dict[str, Source], out: Path, widest: Source) -> dict[str, int]:
+    matrix = widest.info["matrix"]
     order = sorted(chosen, key=lambda cell: _place(chosen[cell].records[cell]["axes"], matrix))
     with files.staged(out) as fresh:
-        for source in reversed(sources):  # the first one's copy of a file that several have stays
+        for source in [*reversed(sources), widest]:  # the last one's copy of a file that several have stays
             names = [n for n in source.hashes if n == "matrix.yaml" or n.startswith("files/")]
             _same_files(sources[0], source, names)
             files.copy(source.folder, fresh, names)
@@ -143,7 +155,7 @@ def _write(sources: list[Source], chosen: dict[str, Source], out: Path) -> dict[
             if record["status"] == "done":
                 names = [f"outcomes/{cell}.parquet", f"losses/{cell}.parquet"]
                 files.copy(source.folder, fresh, [name for name in names if name in source.hashes])
-        write_json(fresh / "run.json", _info(sources, chosen, order, out.name))
+        write_json(fresh / "run.json", _info(sources, chosen, order, out.name, widest))
         files.write_manifest(fresh)
     return count({cell: chosen[cell].records[cell]["status"] for cell in order})
 
@@ -154,7 +166,7 @@ def _same_files(first: Source, other: Source, names: list[str]) -> None:
             raise InputError(f"{first.label} and {other.label} were run with different files: {name}")
 
 
-def _info(sources: list[Source], chosen: dict[str, Source], order: list[str], name: str) -> dict[str, Any]:
+def _info(sources: list[Source], chosen: dict[str, Source], order: list[str], name: str, widest: Source) -> dict[str, Any]:
     """run.json of the merged run; `sources` says where each record comes from."""
     first, origins = sources[0].info, []
     for source in sources:
@@ -167,8 +179,8 @@ def _info(sources: list[Source], chosen: dict[str, Source], order: list[str], na
     return {
         "schema": 1,
         "name": name,
-        "matrix": {**first["matrix"], "only": []},
-        "matrix_text": first["matrix_text"],
+        "matrix": {**widest.info["matrix"], "only": []},
+        "matrix_text": widest.info["matrix_text"],
         "outside": list(outside.values()),
         "created": min(s.info["created"] for s in sources),
         "finished": max(s.info["finished"] for s in sources),
