@@ -305,7 +305,7 @@ def bootstrap_interval(
     if not 0 < below < 1:
         return plain
     chunk = max(1, 4_000_000 // n)
-    left = np.concatenate([statistic(_without(n, i, chunk)) for i in range(0, n, chunk)])
+    left = np.concatenate([statistic(without(n, i, chunk)) for i in range(0, n, chunk)])
     centred = left.mean() - left
     spread = (centred**2).sum()
     if not np.isfinite(spread) or spread == 0:
@@ -316,7 +316,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _without(n: int, start: int, rows: int) -> np.ndarray:
+def without(n: int, start: int, rows: int) -> np.ndarray:
     """Counts (≤ rows × n) with document start, start + 1, ... left out of all n."""
     counts = np.ones((min(rows, n - start), n))
     counts[np.arange(len(counts)), np.arange(start, start + len(counts))] = 0.0

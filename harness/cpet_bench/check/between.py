@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..records import read_records, run_folders
 from ..stats import holm
 from .pairs import Incomparable, difference
+from .seeds import METHOD, difference_over_seeds
 
 # Perplexities are compared by what they are the exponential of; so are bits per byte, which lm-eval makes of the same sums.
 UNITS = {"word_perplexity": "nats/word", "byte_perplexity": "nats/byte", "bits_per_byte": "nats/byte"}
@@ -21,6 +22,7 @@ class Pair:
 
     difference: the first minus the second, the sign turned so that more is better, with its 95 % interval, in `unit` where
     that is not the metric's own. p: two-sided, of no difference; p_holm: after Holm's method over all pairs in this metric.
+    seeds: over which a mean was taken; its first and second are then no ids, but what the cells have in common.
     """
 
     first: str
@@ -36,15 +38,17 @@ class Pair:
     documents: int | None = None
     method: str | None = None
     unit: str | None = None
+    seeds: list[int] | None = None
 
 
 @dataclass
 class Comparison:
-    """All pairs of a run whose cells agree in every axis but one."""
+    """Pairs of a run whose cells agree in every axis but one; over_seeds: means of those that agree in all but the seed."""
 
     axis: str
     names: tuple[str, str]
     pairs: list[Pair] = field(default_factory=list)
+    over_seeds: list[Pair] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -57,7 +61,8 @@ def between(run: str | Path, first: str, second: str, *, metric: str | None = No
     Args:
         first, second: `AXIS=NAME` twice, of one axis. metric: which (None: all that both have). level: of the intervals.
 
-    Cells with one seed say nothing about other seeds. Raises InputError for an axis, name or metric that the run has not.
+    Cells with one seed say nothing about other seeds; where there are several, the cells' means over them are compared too.
+    Raises InputError for an axis, name or metric that the run has not.
     """
     folders = run_folders(run)
     if len(folders) > 1 or folders[0] != Path(run):
@@ -80,11 +85,47 @@ def between(run: str | Path, first: str, second: str, *, metric: str | None = No
     if not found.pairs:
         what = f" with a metric {metric!r}" if metric else ""
         raise InputError(f"no two cells of {run}{what} differ in {axis} alone ({names[0]} and {names[1]})")
-    for name in dict.fromkeys(p.metric for p in found.pairs):
-        tested = [p for p in found.pairs if p.metric == name and p.p is not None]
-        for pair, p in zip(tested, holm([p.p for p in tested]), strict=True):
-            pair.p_holm = float(p)
+    if axis != "seed":
+        found.over_seeds = _over_seeds(Path(run), records, [c for c in pairs if len(c) == 2], metric, level)
+    for family in (found.pairs, found.over_seeds):
+        for name in dict.fromkeys(p.metric for p in family):
+            tested = [p for p in family if p.metric == name and p.p is not None]
+            for pair, p in zip(tested, holm([p.p for p in tested]), strict=True):
+                pair.p_holm = float(p)
     return found
+
+
+def _over_seeds(run: Path, records: dict[str, dict], pairs: list[list[str]], metric: str | None, level: float) -> list[Pair]:
+    """The means of pairs that differ in the seed alone, by metric. A cell that is held against several may be of one seed."""
+    groups: dict[tuple[str, str], list[list[str]]] = {}
+    for cells in pairs:
+        if all(records[c]["status"] == "done" for c in cells):
+            groups.setdefault(tuple(seedless(records[c]) for c in cells), []).append(cells)
+    found = []
+    for names, group in groups.items():
+        seeds = sorted({int(records[c]["axes"]["seed"]) for cells in group for c in cells})
+        if len(group) < 2:
+            continue
+        one = records[group[0][1]]["metrics"]
+        for name, entry in one.items():
+            values = [[records[c]["metrics"].get(name, {}).get("value") for c in side] for side in zip(*group, strict=True)]
+            missing = any(v is None for side in values for v in side)
+            if missing or (metric and name != metric) or entry["higher_is_better"] is None:
+                continue
+            means = tuple(sum(side) / len(side) for side in values)
+            try:
+                d = difference_over_seeds([(run, a) for a, _ in group], [(run, b) for _, b in group], name, entry, level)
+            except Incomparable as error:
+                found.append(Pair(*names, name, str(error), means, seeds=seeds))
+                continue
+            unit = UNITS.get(name.rpartition("/")[2].partition(",")[0])
+            found.append(Pair(*names, name, "", means, d.value, d.low, d.high, d.p, None, d.n, METHOD, unit, seeds))
+    return found
+
+
+def seedless(record: dict[str, Any]) -> str:
+    """What cells that differ in the seed alone have in common: their id without it."""
+    return "--".join(str(v) for k, v in record["axes"].items() if k != "seed")
 
 
 def _untuned(records: dict[str, dict], axis: str, names: tuple[str, str]) -> list[list[str]]:

@@ -60,7 +60,7 @@ def difference(
     AUROC of two labels: DeLong. AUROC of more, F1, MCC: normal, with the paired bootstrap's standard error.
     Args: name, entry: the metric's in the baseline's record. level: of the two-sided interval.
     """
-    new, old = (_side(*place, name, entry) for place in (candidate, baseline))
+    new, old = (side_of(*place, name, entry) for place in (candidate, baseline))
     place = {key: i for i, key in enumerate(old.keys)}
     rows = [(i, place[key]) for i, key in enumerate(new.keys) if key in place]
     if len(rows) < 2:
@@ -72,7 +72,7 @@ def difference(
     return Difference(*found[:5], n=len(rows), unpaired=unpaired, method=found[5])
 
 
-def _side(folder: Path, cell: str, name: str, entry: dict[str, Any]) -> Side:
+def side_of(folder: Path, cell: str, name: str, entry: dict[str, Any]) -> Side:
     table = outcomes_table(folder, cell)
     missing = {"task", "document", "metric", "filter", "repeat", "value", "gold", "logprobs"} - set(table.column_names)
     if missing:

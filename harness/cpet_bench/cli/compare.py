@@ -16,7 +16,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", help="the metric to compare (default: all that both cells have)")
     parser.add_argument("--runs", default="runs", help="where runs are kept (default: runs)")
     parser.add_argument("--json", action="store_true", help="as JSON on standard output")
-    parser.epilog = "Differences are the first minus the second, more is better, with 95 % intervals. p is of no difference."
+    parser.epilog = (
+        "Differences are the first minus the second, more is better, with 95 % intervals. p is of no difference. Where "
+        "the cells have several seeds, their means are compared as well, over seeds and documents."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,10 +41,12 @@ def show(found) -> None:
 
     console = Console()
     console = Console(width=max(100, console.width))  # a figure that is cut off says nothing
-    for first, second in dict.fromkeys((pair.first, pair.second) for pair in found.pairs):
-        rows = [pair for pair in found.pairs if (pair.first, pair.second) == (first, second)]
+    everything = found.pairs + found.over_seeds
+    for first, second in dict.fromkeys((pair.first, pair.second) for pair in everything):
+        rows = [pair for pair in everything if (pair.first, pair.second) == (first, second)]
         documents = max((pair.documents or 0 for pair in rows), default=0)
         title = f"{first} against {found.names[1]}" + (f", {documents:,} documents" if documents else "")
+        title += f", mean of seeds {', '.join(map(str, rows[0].seeds))}" if rows[0].seeds else ""
         print(title)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("metric", *found.names, "difference (95 %)", "p", "p (Holm)"):

@@ -13,6 +13,7 @@ VERBS = {
     "plan": "show cells and steps of a matrix, what is cached, why the rest will run, and what it takes",
     "status": "show how far a run is",
     "compare": "say whether cells of a run that differ in one axis differ in quality, document by document",
+    "gap": "say how much of what a compression lost each restoring brings back, over seeds and documents",
     "check": "compare a run with a baseline; fails on a regression",
     "validate": "find what is wrong in the folder of a run: schema, hashes, outcomes, references",
     "merge": "make one run out of several of the same matrix",

@@ -1,0 +1,102 @@
+"""`cpet-bench gap RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .leaderboard import folder
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run's name or folder")
+    parser.add_argument("--metric", help="the metric to measure it in (default: each task's primary one)")
+    parser.add_argument("--runs", default="runs", help="where runs are kept (default: runs)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="as JSON on standard output")
+    how.add_argument("--markdown", action="store_true", help="as Markdown tables")
+    parser.epilog = (
+        "The gap is what D (the same PET on the dense model) is better than vanilla (the same PET on the compressed model, "
+        "from random weights). Intervals are of 95 %, over documents, and over seeds where there are several."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..check import gaps
+
+    found = gaps(folder(args.run, Path(args.runs)), args.metric)
+    if args.json:
+        print(json.dumps([ladder.as_json() for ladder in found], indent=1, allow_nan=False))
+        return 0
+    for ladder in found:
+        (markdown if args.markdown else show)(ladder)
+    return 0
+
+
+HEADINGS = ("restoring", "seeds", "value (95 %)", "above vanilla", "p", "of the gap, %", "trained", "rate", "TFLOP", "from D")
+
+
+def lines(ladder) -> list[tuple[str, ...]]:
+    """The rows of a ladder's table, best first, as text."""
+    order = 1 if ladder.high.value.value >= ladder.low.value.value else -1  # more is better, or less
+    rows = sorted(ladder.rows, key=lambda r: -order * r.value.value)
+    found = [_line("D (dense)", ladder.high), *(_line(r.restoring, r) for r in rows), _line(ladder.low.restoring, ladder.low)]
+    if ladder.untuned:
+        found.append(_line("untuned", ladder.untuned))
+    return found
+
+
+def _line(name: str, row) -> tuple[str, ...]:
+    above = p = share = ""
+    if row.above:
+        a = row.above
+        above, p = f"{a.value:+.4f} [{a.low:+.4f}, {a.high:+.4f}]", "< .0001" if a.p < 0.0001 else f"{a.p:.4f}"
+    if row.share:
+        share = f"{100 * row.share.value:.1f} [{100 * row.share.low:.1f}, {100 * row.share.high:.1f}]"
+    v = row.value
+    ends = f" [{v.low:.4g}, {v.high:.4g}]" if v.low is not None else ""
+    return (
+        name,
+        " ".join(map(str, row.seeds)),
+        f"{v.value:.4g}{ends}",
+        above,
+        p,
+        share or row.note,
+        f"{row.trained:,}" if row.trained else "–",
+        " ".join(f"{lr:g}" for lr in row.lr) or "–",
+        f"{row.flops / 1e12:.3g}" if row.flops else "–",
+        f"{row.inherited_flops / 1e12:.3g}" if row.inherited_flops else "–",
+    )
+
+
+def title(ladder) -> str:
+    gap = ladder.gap
+    where = ", ".join((ladder.model, ladder.compression, ladder.pet, ladder.task))
+    where += f": {ladder.metric} on {ladder.documents:,} documents"
+    unit = f" {ladder.unit}" if ladder.unit else ""
+    return f"{where}; the gap is {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]{unit}"
+
+
+def show(ladder) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console = Console(width=max(150, console.width))  # a figure that is cut off says nothing
+    print(title(ladder))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(HEADINGS):
+        table.add_column(escape(name), justify="right" if i > 1 else "left", no_wrap=True)
+    for line in lines(ladder):
+        table.add_row(*map(escape, line))
+    console.print(table)
+    print()
+
+
+def markdown(ladder) -> None:
+    print(f"{title(ladder)}\n\n| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
+    for line in lines(ladder):
+        print(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |")
+    print()
