@@ -76,7 +76,8 @@ def train(
         distill_encoder and distill_decoder, of AdaLoRA penalty; with early stop validation, None where it was not due), steps
         (done), documents, tokens, padded_tokens, flops, seconds, trainable_parameters, peak_memory (bytes), micro_batch,
         unreachable; with early stop and batch_tokens early_stop and batches; loss_scale where the base computes in float16;
-        where there were maps, projection (widths by part) and projection_parameters; where AdaLoRA gave up ranks, ranks.
+        unchanged (names) where 16-bit tensors came out as they were; where there were maps, projection (widths by part) and
+        projection_parameters; where AdaLoRA gave up ranks, ranks.
     Raises:
         StepFailed: a loss or gradient is not finite, a tensor learned nothing, or memory does not suffice for one document.
         InputError: early stop holds out all the documents there are.
@@ -191,6 +192,9 @@ def train(
         model.train(was_training)
     done = state["step"]
     never = proof.finish(done, start) if done else []
+    lost = masters.lost(start)
+    if done and len(lost) == len(trainable):
+        raise StepFailed(f"the steps were too small to change {lost[0]} or any other tensor in {masters.halves[lost[0]].dtype}")
     if stopper:
         stopper.restore(trainable)
     read = [documents[i] for step in order[:done] for i in step]
@@ -207,6 +211,7 @@ def train(
         "peak_memory": peak_memory(cuda),
         "micro_batch": state["micro"],
         "unreachable": never,
+        **({"unchanged": lost} if done and lost else {}),
     }
     if stopper:
         facts["early_stop"] = stopper.facts(done)

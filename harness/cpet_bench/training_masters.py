@@ -1,7 +1,8 @@
 """Float32 masters of trained tensors that the model holds in 16 bits (arXiv 1710.03740, section 3.1).
 
 Most PET modules are float32 beside a 16-bit model. Those that replace one of its own parameters (LN-tuning's norms, LoRA's
-`bias` and `modules_to_save`) have its format, in which a weight near 1 does not change by less than 1/256 (bfloat16).
+`bias` and `modules_to_save`), and adaption prompts, have its format, in which a weight near 1 does not change by less than
+1/256 (bfloat16).
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class Masters:
         with torch.no_grad():
             for name, p in self.halves.items():
                 p.copy_(self.stepped[name])
+
+    def lost(self, start: dict[str, torch.Tensor]) -> list[str]:
+        """Names of the tensors whose steps were too small to change anything in the model, from their masters at the start."""
+        return sorted(name for name, p in self.halves.items() if torch.equal(p, start[name].to(p.dtype)))
 
     def zero_grad(self) -> None:
         """Drop all gradients, the model's own too."""

@@ -273,8 +273,9 @@ def _charts(table: Table, done: list[Entry]) -> None:
     drawn = []
     if len({_trained(e) for e in shown if _trained(e)}) > 1:
         trained = [e for e in shown if _trained(e)]
-        title = "Quality by trained parameters"
-        drawn.append(charts.scatter(points(_trained, 1e6, trained), title, "million trained parameters", y_label, line))
+        title, least = "Quality by trained parameters", min(map(_trained, trained))
+        unit, label = (1e6, "million trained parameters") if least >= 1e4 else (1e3, "thousand trained parameters")
+        drawn.append(charts.scatter(points(_trained, unit, trained), title, label, y_label, line))
     drawn.append(charts.scatter(probed("disk", MB, "size", shown), "Quality by size on disk", "MB on disk", y_label, line))
     machines = list(dict.fromkeys(e.machine for e in shown))
     for one in machines:  # a chart each: speeds of different machines cannot be compared

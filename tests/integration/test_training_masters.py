@@ -5,7 +5,7 @@ import torch
 from test_training_options import folders, rows, run  # noqa: F401
 from torch.nn import functional as F
 
-from cpet_bench.errors import Stopping
+from cpet_bench.errors import StepFailed, Stopping
 from cpet_bench.models.loading import load_model
 from cpet_bench.pet import methods
 from cpet_bench.plan_parts import replaces_weights
@@ -74,6 +74,16 @@ def test_steps_that_bfloat16_would_swallow_add_up(model, tmp_path):
     assert mean_from(swallowed) > 0.3
     large = size > 1  # each step alone is a twentieth of what such a weight can tell apart
     assert moved(swallowed)[large].sum() == 0 and moved(got)[~large].count_nonzero() > moved(swallowed).count_nonzero()
+
+
+def test_steps_that_never_reach_the_model_are_no_training(model, tmp_path):
+    with pytest.raises(StepFailed, match="too small to change .*norm.* in torch.bfloat16"):
+        run(model(), rows(64), tmp_path / "none", **TRAIN | {"lr": 1e-6})
+    one = model()
+    with torch.no_grad():
+        next(p for p in one.parameters() if p.requires_grad).fill_(2.0)  # the largest: 1/128 apart
+    facts = run(one, rows(64), tmp_path / "some", **TRAIN)
+    assert facts["unchanged"] == [next(n for n, p in one.named_parameters() if p.requires_grad)]
 
 
 def test_a_stopped_training_goes_on_with_its_masters(model, tmp_path):

@@ -300,7 +300,7 @@ def test_of_one_compression_both_looks_stand_for_the_method_and_quality_for_what
     chart = table.charts[0]
     assert chart.title == "Quality by trained parameters" and len(chart.points) == 9
     steps = {round(b["x"] - a["x"]) for a, b in itertools.pairwise(chart.points)}
-    assert max(steps) - min(steps) <= 1 and [t for _, t in chart.x_ticks][0] == "0.001"
+    assert max(steps) - min(steps) <= 1 and [t for _, t in chart.x_ticks][0] == "1"
     looks = [(p["colour"], p["shape"]) for p in chart.points]
     assert len(set(looks)) == 9 and looks[8] == (0, 1) and table.coloured == "PET and restoring" and not table.shapes
     assert [(c, s) for _, c, s in table.colours][:9] == looks and table.colours[0][0] == "m0 · vanilla"

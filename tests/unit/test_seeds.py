@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from made_runs import labels, metric, record, rows, write_run
+from made_runs import SCHEMA, labels, metric, record, rows, write_run
 from scipy.stats import t, ttest_1samp, ttest_rel
 
 from cpet_bench import stats
@@ -77,7 +79,8 @@ def written(folder, made, seeds=range(SEEDS), **more):
             continue
         one = record(compression, restoring=restoring, metrics={"acc": metric(float(values.mean()), 0.0, 1.0, n=N)}, seed=seed)
         steps = [] if compression == "none" else [{"backend": "bitsandbytes"}]
-        one["settings"] |= {"compression": steps, "pet": {"method": "lora"}}
+        parts = {"cpet": {"inherit": {}, "distill": {}}, "matched": {"control": "matched"}, "vanilla": {}}[restoring]
+        one["settings"] |= {"compression": steps, "pet": {"method": "lora"}, "restoring": parts}
         one["training"] |= {"steps": 40, "flops": 2e12, "seconds": 9.0}
         name = "tiny--{}--lora--{}--movies--s{}".format
         one["references"]["dense_pet"] = name("none", "vanilla", seed) if one["id"] != name("none", "vanilla", seed) else None
@@ -124,6 +127,7 @@ def test_shares_of_the_gap_are_ratios_of_means(tmp_path, capsys):
         assert row.share.value == pytest.approx((own - low) / (high - low))
         assert row.share.low < row.share.value < row.share.high and row.seeds == [0, 1, 2]
         assert (row.trained, row.steps, row.flops, row.seconds) == (4_880_000, 40, 2e12, 9.0)
+        assert row.dense_flops == (2e12 if name == "cpet" else None)
     assert by["cpet"].share.low > by["matched"].share.value
     assert main(["gap", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["gap"]["value"] == pytest.approx(high - low)
@@ -165,8 +169,89 @@ def test_no_share_where_the_gap_could_be_chance(tmp_path, capsys):
     run = written(tmp_path / "run", made)
     (ladder,) = gaps(run)
     assert ladder.gap.low <= 0 <= ladder.gap.high
-    assert all(row.share is None and "chance" in row.note and row.above.p is not None for row in ladder.rows)
-    assert main(["gap", str(run)]) == 0 and "could be chance" in capsys.readouterr().out
+    assert all(row.share is None and row.above.p is not None for row in ladder.rows)
+    assert main(["gap", str(run)]) == 0 and "there is none to have shares of" in capsys.readouterr().out
+
+
+def test_what_has_no_vanilla_cell_is_left_out(tmp_path, capsys):
+    """And is never taken for vanilla itself, whether a seed is missing or all of them."""
+    made = answers()
+    some = {k: v for k, v in made.items() if k[1] != "vanilla" or k[0] == "none" or k[2] == 2}
+    (ladder,) = gaps(written(tmp_path / "some", some))
+    assert ladder.low.seeds == [2] and ladder.low.value.value == pytest.approx(made["nf4", "vanilla", 2].mean())
+    assert {r.restoring: r.seeds for r in ladder.rows} == {"cpet": [2], "matched": [2]} and len(ladder.left_out) == 4
+    assert main(["gap", str(tmp_path / "some")]) == 0 and "left out, without its vanilla cell" in capsys.readouterr().out
+    none = written(tmp_path / "none", {k: v for k, v in made.items() if k[1] != "vanilla" or k[0] == "none"})
+    with pytest.raises(InputError, match="no compressed cell beside both"):
+        gaps(none)
+
+
+def test_the_gap_is_of_all_seeds_of_its_ends(tmp_path):
+    made = answers()
+    (ladder,) = gaps(written(tmp_path / "run", {k: v for k, v in made.items() if k[1] != "cpet" or k[2] == 0}))
+    low, high = made_mean(made, "vanilla"), np.mean([made["none", "vanilla", s].mean() for s in range(SEEDS)])
+    by = {r.restoring: r for r in ladder.rows}
+    assert {n: r.seeds for n, r in by.items()} == {"cpet": [0], "matched": [0, 1, 2]}
+    assert ladder.gap.value == pytest.approx(high - low)
+    own, low, high = (made[k].mean() for k in (("nf4", "cpet", 0), ("nf4", "vanilla", 0), ("none", "vanilla", 0)))
+    assert by["cpet"].share.value == pytest.approx((own - low) / (high - low))
+
+
+def test_no_share_where_the_dense_model_is_worse(tmp_path, capsys):
+    made = answers()
+    for seed in range(SEEDS):
+        made["none", "vanilla", seed] = made["nf4", "vanilla", seed] * (np.arange(N) % 3 > 0)
+    (ladder,) = gaps(written(tmp_path / "run", made))
+    assert ladder.gap.high < 0 and all(row.share is None for row in ladder.rows)
+    assert main(["gap", str(tmp_path / "run")]) == 0
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert words == ["D", "cpet", "matched", "vanilla"]  # best first all the same
+
+
+@pytest.mark.parametrize("seeds", [range(SEEDS), [0]])
+def test_a_groups_tasks_keep_their_shares(tmp_path, seeds):
+    """Two tasks of 200 and 100 documents that count the same."""
+    made = answers()
+    run = written(tmp_path / "run", made, seeds)
+    tasks = ["long"] * 200 + ["short"] * 100
+    for path in (run / "records").iterdir():
+        body = json.loads(path.read_text())
+        restoring, seed = body["axes"]["restoring"], body["axes"]["seed"]
+        values = made[body["axes"]["compression"], restoring, seed]
+        grouped = [row | {"task": task} for row, task in zip(rows(values), tasks, strict=True)]
+        pq.write_table(pa.Table.from_pylist(grouped, schema=SCHEMA), run / "outcomes" / f"{path.stem}.parquet")
+        value = (values[:200].mean() + values[200:].mean()) / 2
+        body["metrics"]["acc"] |= {"weights": {"long": 0.5, "short": 0.5}, "value": value}
+        path.write_text(json.dumps(body))
+
+    def mean(compression, restoring):
+        found = [made[compression, restoring, s] for s in seeds]
+        return np.mean([(v[:200].mean() + v[200:].mean()) / 2 for v in found])
+
+    (ladder,) = gaps(run)
+    row = next(r for r in ladder.rows if r.restoring == "cpet")
+    low, high = mean("nf4", "vanilla"), mean("none", "vanilla")
+    assert row.value.value == pytest.approx(mean("nf4", "cpet")) and row.above.value == pytest.approx(mean("nf4", "cpet") - low)
+    assert row.share.value == pytest.approx((mean("nf4", "cpet") - low) / (high - low)) and row.above.p < 0.01
+
+
+def test_what_has_no_value_is_said_and_is_no_error(tmp_path, capsys):
+    """A metric without a value by document; one that D lacks; one of unknown direction; perplexities of several seeds."""
+    run = written(tmp_path / "run", answers())
+    for path in (run / "records").iterdir():
+        body = json.loads(path.read_text())
+        body["metrics"] |= {"total": metric(0.5, n=N), "sized": metric(0.5, n=N) | {"higher_is_better": None}}
+        body["metrics"]["word_perplexity"] = metric(20.0 + body["axes"]["seed"], n=N, higher=False)
+        if body["axes"]["compression"] != "none":
+            body["metrics"]["ours"] = metric(0.5, n=N)
+        path.write_text(json.dumps(body))
+    (ladder,) = gaps(run, "total")
+    assert ladder.gap is None and "no outcomes" in ladder.note and ladder.rows[0].value.low is None
+    for how in ("--json", "--markdown"):
+        assert main(["gap", str(run), "--metric", "total", how]) == 0 and "no outcomes" in capsys.readouterr().out
+    assert gaps(run, "word_perplexity")[0].rows[0].value.value == 21.0  # not in nats a word
+    for name in ("ours", "sized"):
+        assert main(["gap", str(run), "--metric", name]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_bad_input(tmp_path, capsys):

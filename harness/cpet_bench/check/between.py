@@ -86,7 +86,7 @@ def between(run: str | Path, first: str, second: str, *, metric: str | None = No
         what = f" with a metric {metric!r}" if metric else ""
         raise InputError(f"no two cells of {run}{what} differ in {axis} alone ({names[0]} and {names[1]})")
     if axis != "seed":
-        found.over_seeds = _over_seeds(Path(run), records, [c for c in pairs if len(c) == 2], metric, level)
+        found.over_seeds = _over_seeds(Path(run), records, [c for c in pairs if len(c) == 2], metric)
     for family in (found.pairs, found.over_seeds):
         for name in dict.fromkeys(p.metric for p in family):
             tested = [p for p in family if p.metric == name and p.p is not None]
@@ -95,7 +95,7 @@ def between(run: str | Path, first: str, second: str, *, metric: str | None = No
     return found
 
 
-def _over_seeds(run: Path, records: dict[str, dict], pairs: list[list[str]], metric: str | None, level: float) -> list[Pair]:
+def _over_seeds(run: Path, records: dict[str, dict], pairs: list[list[str]], metric: str | None) -> list[Pair]:
     """The means of pairs that differ in the seed alone, by metric. A cell that is held against several may be of one seed."""
     groups: dict[tuple[str, str], list[list[str]]] = {}
     for cells in pairs:
@@ -103,9 +103,10 @@ def _over_seeds(run: Path, records: dict[str, dict], pairs: list[list[str]], met
             groups.setdefault(tuple(seedless(records[c]) for c in cells), []).append(cells)
     found = []
     for names, group in groups.items():
-        seeds = sorted({int(records[c]["axes"]["seed"]) for cells in group for c in cells})
         if len(group) < 2:
             continue
+        # of one that is held against several seeds, these are the other's
+        seeds = max((sorted({int(records[c]["axes"]["seed"]) for c in side}) for side in zip(*group, strict=True)), key=len)
         one = records[group[0][1]]["metrics"]
         for name, entry in one.items():
             values = [[records[c]["metrics"].get(name, {}).get("value") for c in side] for side in zip(*group, strict=True)]
@@ -114,12 +115,14 @@ def _over_seeds(run: Path, records: dict[str, dict], pairs: list[list[str]], met
                 continue
             means = tuple(sum(side) / len(side) for side in values)
             try:
-                d = difference_over_seeds([(run, a) for a, _ in group], [(run, b) for _, b in group], name, entry, level)
+                d = difference_over_seeds([(run, a) for a, _ in group], [(run, b) for _, b in group], name, entry)
             except Incomparable as error:
                 found.append(Pair(*names, name, str(error), means, seeds=seeds))
                 continue
             unit = UNITS.get(name.rpartition("/")[2].partition(",")[0])
-            found.append(Pair(*names, name, "", means, d.value, d.low, d.high, d.p, None, d.n, METHOD, unit, seeds))
+            most = max(records[c]["metrics"][name]["n"] for cells in group for c in cells)
+            note = f"{most - d.n} documents are not in all cells" if most > d.n else ""
+            found.append(Pair(*names, name, note, means, d.value, d.low, d.high, d.p, None, d.n, METHOD, unit, seeds))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from .between import UNITS, seedless
 from .pairs import Incomparable, difference
 from .seeds import Estimate, Place, difference_over_seeds, mean_over_seeds, share_of_gap
 
+PARTS = ("inherit", "recover", "distill", "control")
+
 
 @dataclass
 class Row:
     """One way of tuning: its metric (a mean over seeds), what that is worth, and what it trained.
 
     above: minus vanilla, signed so that more is better. share: of the gap, where there is one. trained, flops and seconds: a
-    mean over seeds, of the cell alone; inherited_flops: of the D it started from.
+    mean over seeds, of the cell alone. dense_flops: those of the D that it starts from or is taught by.
     """
 
     pet: str
@@ -28,11 +31,11 @@ class Row:
     value: Estimate
     above: Estimate | None = None
     share: Estimate | None = None
-    trained: int | None = None
-    steps: int | None = None
-    flops: float | None = None
-    seconds: float | None = None
-    inherited_flops: float | None = None
+    trained: int = 0
+    steps: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    dense_flops: float | None = None
     lr: list[float] = field(default_factory=list)
     note: str = ""
 
@@ -41,7 +44,8 @@ class Row:
 class Ladder:
     """All ways of tuning one compressed model for one task, and the two ends they are measured between.
 
-    low: vanilla, the same PET on the compressed model from random weights. high: D, the same PET on the dense one.
+    low: vanilla, the same PET on the compressed model from random weights. high: D, the same PET on the dense one. gap: their
+    difference over the seeds of both, None with the reason in `note` where it has none. left_out: cells without an end.
     """
 
     model: str
@@ -49,137 +53,146 @@ class Ladder:
     task: str
     pet: str
     metric: str
+    higher_is_better: bool
     unit: str | None
     low: Row
     high: Row
-    gap: Estimate
+    gap: Estimate | None
     untuned: Row | None
     rows: list[Row]
     documents: int
+    left_out: list[str]
+    note: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def gaps(run: str | Path, metric: str | None = None, level: float = 0.95) -> list[Ladder]:
-    """A ladder for each (model, compression, PET, task) that has a vanilla cell and D at a seed at least.
+def gaps(run: str | Path, metric: str | None = None) -> list[Ladder]:
+    """A ladder for each (model, compression, PET, task) with a vanilla cell and D at one seed at least. Intervals are of 95 %.
 
-    Args: metric: which (None: each task's primary one). level: of the intervals.
+    Args: metric: which (None: each task's primary one).
 
-    Seeds are those that a row, vanilla and D all have. Raises InputError where the run has no such cells, or not the metric.
+    A row's seeds are those at which it, vanilla and D are done and have the metric. Raises InputError where the run has no such
+    cells, or not the metric.
     """
     folders = run_folders(run)
     if len(folders) > 1 or folders[0] != Path(run):
         raise InputError(f"{run} holds several runs; name one", allowed=[str(f) for f in folders])
     records = {r["id"]: r for r in read_records(run) if r["status"] == "done"}
-    groups: dict[tuple[str, ...], dict[str, list[dict]]] = {}
+    groups: dict[tuple[str, ...], list[dict]] = {}
     for record in records.values():
-        ends = [record["references"].get(k) for k in ("vanilla", "dense_pet")]
-        if ends[0] is None and record["references"].get("dense_pet") and record["settings"].get("compression"):
-            ends[0] = record["id"]  # it is vanilla itself
-        if all(e in records for e in ends):
-            axes = record["axes"]
-            key = tuple(str(axes[a]) for a in ("model", "compression", "pet", "task"))
-            groups.setdefault(key, {}).setdefault(seedless(record), []).append(record)
-    if not groups:
-        raise InputError(f"{run} has no compressed cell beside both its vanilla one and D (the same PET on the dense model)")
-    found = []
-    for key, cells in groups.items():
-        ladder = _ladder(Path(run), records, key, cells, metric, level)
-        if ladder:
-            found.append(ladder)
+        if record["settings"].get("pet") and record["settings"].get("compression"):
+            groups.setdefault(tuple(str(record["axes"][a]) for a in ("model", "compression", "pet", "task")), []).append(record)
+    found = [ladder for key, cells in groups.items() if (ladder := _ladder(Path(run), records, key, cells, metric))]
     if not found:
-        every = [m for r in records.values() for m in r["metrics"].items()]
-        known = sorted({name for name, m in every if m["higher_is_better"] is not None})
-        raise InputError(f"no cell of {run} has a metric {metric!r}", given=metric or "", allowed=known)
+        known = sorted({n for r in records.values() for n, m in r["metrics"].items() if m["higher_is_better"] is not None})
+        if metric and metric not in known:
+            raise InputError(f"no cell of {run} has a metric {metric!r}", given=metric, allowed=known)
+        raise InputError(f"{run} has no compressed cell beside both its vanilla one and D (the same PET on the dense model)")
     return found
 
 
-def _ladder(run: Path, records: dict, key: tuple, cells: dict[str, list[dict]], metric: str | None, level: float):
-    of_all = [r for group in cells.values() for r in group]
-    vanillas = {r["references"].get("vanilla") or r["id"] for r in of_all}
-    name = metric or next(r["primary"] for r in of_all)
-    if any(name not in r["metrics"] for r in of_all):
+def _ladder(run: Path, records: dict[str, dict], key: tuple, cells: list[dict], metric: str | None) -> Ladder | None:
+    name = metric or next((r["primary"] for r in cells if r["primary"]), None)
+
+    def has(cell: str | None) -> bool:
+        found = records[cell]["metrics"].get(name) if cell in records else None
+        known = found and found["value"] is not None and found["higher_is_better"] is not None
+        return bool(known) and isfinite(found["value"])
+
+    def ends(record: dict) -> tuple[str | None, str | None]:
+        plain = not any((record["settings"].get("restoring") or {}).get(part) is not None for part in PARTS)
+        return record["id"] if plain else record["references"].get("vanilla"), record["references"].get("dense_pet")
+
+    whole = [r for r in cells if has(r["id"]) and all(map(has, ends(r)))]
+    vanillas = [r for r in whole if ends(r)[0] == r["id"]]
+    vanillas += [records[i] for i in dict.fromkeys(ends(r)[0] for r in whole) if i not in {v["id"] for v in vanillas}]
+    vanillas = [r for r in vanillas if has(ends(r)[1])]
+    if not vanillas:
         return None
-    entry = of_all[0]["metrics"][name]
-    low = _end(run, [records[v] for v in vanillas if v in records], name, entry, level)
-    dense = {r["references"]["dense_pet"] for r in of_all}
-    high = _end(run, [records[d] for d in dense], name, entry, level)
-    rows, gap = [], None
-    for group in cells.values():
-        if group[0]["id"] in vanillas:
-            continue
-        row, own = _row(run, group, name, entry, level)
-        rows.append(row)
-        gap = gap or own
-    if gap is None:
-        own = [(run, v) for v in sorted(vanillas)]
-        _, gap = share_of_gap(own, own, [(run, records[v]["references"]["dense_pet"]) for _, v in own], name, entry, level)
-    untuned = sorted({u for r in of_all if (u := r["references"].get("untuned")) in records})
-    bare = _end(run, [records[u] for u in untuned], name, entry, level) if untuned else None
+    denses = [records[i] for i in dict.fromkeys(ends(r)[1] for r in vanillas)]
+    names: dict[str, list[dict]] = {}
+    for record in whole:
+        if record["id"] not in {v["id"] for v in vanillas}:
+            names.setdefault(seedless(record), []).append(record)
+    entry = vanillas[0]["metrics"][name]
+    gap, note = None, ""
+    try:
+        low = _places(run, vanillas)
+        _, gap = share_of_gap(low, low, [(run, ends(r)[1]) for r in vanillas], name, entry)
+    except Incomparable as error:
+        note = str(error)
+    untuned = [records[i] for i in dict.fromkeys(r["references"].get("untuned") for r in whole) if has(i)]
     model, compression, pet, task = key
-    unit = UNITS.get(name.rpartition("/")[2].partition(",")[0])
-    return Ladder(model, compression, task, pet, name, unit, low, high, gap, bare, rows, low.value.n)
+    return Ladder(
+        model,
+        compression,
+        task,
+        pet,
+        name,
+        entry["higher_is_better"],
+        UNITS.get(_plain(name)),
+        _about(run, vanillas, name, entry),
+        _about(run, denses, name, entry),
+        gap,
+        _about(run, untuned, name, entry) if untuned else None,
+        [_row(run, records, group, ends, name, entry) for group in names.values()],
+        entry["n"],
+        [r["id"] for r in cells if r not in whole],
+        note,
+    )
+
+
+def _plain(name: str) -> str:
+    return name.rpartition("/")[2].partition(",")[0]
 
 
 def _places(run: Path, records: Sequence[dict]) -> list[Place]:
     return [(run, r["id"]) for r in records]
 
 
-def _end(run: Path, records: list[dict], name: str, entry: dict, level: float) -> Row:
+def _about(run: Path, records: list[dict], name: str, entry: dict) -> Row:
+    """A row without comparisons. Of one seed the value's interval is its record's, conditional on that seed."""
     records = sorted(records, key=lambda r: int(r["axes"]["seed"]))
-    return Row(**_about(records), value=_value(run, records, name, entry, level))
-
-
-def _value(run: Path, records: list[dict], name: str, entry: dict, level: float) -> Estimate:
-    """A mean over seeds; of one seed what its record has, which is conditional on it."""
-    if len(records) > 1:
-        return mean_over_seeds(_places(run, records), name, entry, level)
-    m = records[0]["metrics"][name]
-    return Estimate(m["value"], m["low"], m["high"], m["n"])
-
-
-def _about(records: list[dict]) -> dict[str, Any]:
+    values = [r["metrics"][name]["value"] for r in records]
+    value, note = Estimate(sum(values) / len(values), None, None, entry["n"]), ""
+    if len(records) == 1:
+        m = records[0]["metrics"][name]
+        value = Estimate(m["value"], m["low"], m["high"], m["n"])
+    elif _plain(name) not in UNITS:  # whose outcomes are not in the metric's own unit
+        try:
+            value = mean_over_seeds(_places(run, records), name, entry)
+        except Incomparable as error:
+            note = str(error)
     axes, trainings = records[0]["axes"], [r["training"] or {} for r in records]
 
-    def mean(*path: str) -> float | None:
-        found = []
-        for t in trainings:
-            for part in path:
-                t = (t or {}).get(part)
-            found.append(t)
-        return None if any(v is None for v in found) else sum(found) / len(found)
+    def mean(part: str) -> float:
+        return sum(t.get(part) or 0 for t in trainings) / len(trainings)
 
-    trains = bool(mean("steps"))
-    return {
-        "pet": str(axes["pet"]),
-        "restoring": str(axes["restoring"]),
-        "seeds": [int(r["axes"]["seed"]) for r in records],
-        "trained": round(mean("trainable_parameters")) if trains else 0,
-        "steps": round(mean("steps") or 0),
-        "flops": mean("flops") if trains else 0.0,
-        "seconds": mean("seconds") if trains else 0.0,
-        "inherited_flops": mean("inherited", "flops"),
-        "lr": sorted({t["lr"] for t in trainings if t.get("lr") is not None}) if trains else [],
-    }
+    row = Row(str(axes["pet"]), str(axes["restoring"]), [int(r["axes"]["seed"]) for r in records], value, note=note)
+    if mean("steps"):
+        row.trained, row.steps = round(mean("trainable_parameters")), round(mean("steps"))
+        row.flops, row.seconds = mean("flops"), mean("seconds")
+        row.lr = sorted({t["lr"] for t in trainings if t.get("lr") is not None})
+    return row
 
 
-def _row(run: Path, group: list[dict], name: str, entry: dict, level: float) -> tuple[Row, Estimate | None]:
+def _row(run: Path, records: dict[str, dict], group: list[dict], ends, name: str, entry: dict) -> Row:
     group = sorted(group, key=lambda r: int(r["axes"]["seed"]))
-    own = _places(run, group)
-    low, high = ([(run, r["references"][end]) for r in group] for end in ("vanilla", "dense_pet"))
-    row = Row(**_about(group), value=_value(run, group, name, entry, level))
+    own, row = _places(run, group), _about(run, group, name, entry)
+    low, high = ([(run, ends(r)[which]) for r in group] for which in (0, 1))
+    restoring = group[0]["settings"].get("restoring") or {}
+    if any(restoring.get(part) is not None for part in ("inherit", "distill")):
+        row.dense_flops = sum((records[d]["training"] or {}).get("flops") or 0 for _, d in high) / len(high)
     try:
         if len(group) > 1:
-            row.above = difference_over_seeds(own, low, name, entry, level)
+            row.above = difference_over_seeds(own, low, name, entry)
         else:
-            d = difference(own[0], low[0], name, entry, 0.0, level)
+            d = difference(own[0], low[0], name, entry, 0.0, 0.95)
             p = 1.0 if d.value == d.low == d.high == 0 else min(1.0, 2 * min(d.p_worse, d.p_not_worse))
             row.above = Estimate(d.value, d.low, d.high, d.n, p)
-        row.share, gap = share_of_gap(own, low, high, name, entry, level)
+        row.share, _ = share_of_gap(own, low, high, name, entry)
     except Incomparable as error:
         row.note = str(error)
-        return row, None
-    if row.share is None:
-        row.note = "the gap itself could be chance"
-    return row, gap
+    return row

@@ -14,24 +14,25 @@ from .. import stats
 from .pairs import MASKED, RESAMPLES, Incomparable, Side, side_of
 
 METHOD = "two-way analysis of variance over documents and seeds; interval by crossed bootstrap"
+UNDEFINED = "the metric is undefined on the documents in common"
 Place = tuple[Path, str]  # folder of a run, id of a cell
 
 
 @dataclass
 class Estimate:
-    """A mean over seeds, its interval, and (of a difference) the two-sided p-value of 0."""
+    """A mean over seeds, its interval (None where there is none), and of a difference the two-sided p-value of 0."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     p: float | None = None
 
 
-def aligned(places: Sequence[Place], name: str, entry: dict[str, Any]) -> tuple[list[stats.Statistic], int, int]:
-    """The statistic of each cell in metric `name` over the documents that all of them have; documents, and those left out.
+def aligned(places: Sequence[Place], name: str, entry: dict[str, Any]) -> tuple[list[Side], int]:
+    """The outcomes of each cell in metric `name` for the documents that all of them have, in one order; how many those are.
 
-    Raises Incomparable where they share fewer than two, or the metric has no statistic of documents.
+    Raises Incomparable where they share fewer than two, or their right labels differ.
     """
     sides = [side_of(*place, name, entry) for place in places]
     common = set(sides[0].keys).intersection(*(s.keys for s in sides[1:]))
@@ -41,22 +42,33 @@ def aligned(places: Sequence[Place], name: str, entry: dict[str, Any]) -> tuple[
     found = []
     for side in sides:
         rows = {key: i for i, key in enumerate(side.keys)}
-        found.append(_statistic(side.at([rows[key] for key in keys]), name, entry))
-    return found, len(keys), len(set().union(*(s.keys for s in sides))) - len(keys)
+        found.append(side.at([rows[key] for key in keys]))
+    if not all(np.array_equal(side.gold, found[0].gold) for side in found):
+        raise Incomparable("the right labels differ")
+    return found, len(keys)
 
 
 def _statistic(side: Side, name: str, entry: dict[str, Any]) -> stats.Statistic:
+    """Of a group's mean each task has the share it has there. Raises Incomparable where documents have no value."""
     metric = name.rpartition("/")[2].partition(",")[0]
     if np.isfinite(side.values).all():
-        tasks = [key[0] for key in side.keys]
-        shares = entry.get("weights") or {}
-        if any(abs(share - tasks.count(t) / len(tasks)) > 1e-9 for t, share in shares.items()):
-            raise Incomparable("a mean of tasks by weights of their own is not compared over seeds")
-        return stats.mean_of(side.values, None if (side.weights == side.weights[0]).all() else side.weights)
+        return stats.mean_of(side.values, _weights(side, entry))
     if metric not in MASKED or any(x is None for x in side.logprobs) or len({len(x) for x in side.logprobs}) != 1:
         raise Incomparable(f"{metric} has no value by document")
     x = np.array(side.logprobs, float)
     return MASKED[metric](x if metric == "auroc" else x.argmax(axis=1), side.gold)
+
+
+def _weights(side: Side, entry: dict[str, Any]) -> np.ndarray | None:
+    shares = entry.get("weights")
+    if not shares:
+        return None if (side.weights == side.weights[0]).all() else side.weights
+    tasks = np.array([key[0] for key in side.keys])
+    weights = np.zeros(len(tasks))
+    for task in dict.fromkeys(tasks):
+        rows = tasks == task
+        weights[rows] = shares.get(task, 0.0) * side.weights[rows] / side.weights[rows].sum()
+    return weights
 
 
 def pseudo_values(statistic: stats.Statistic, n: int) -> np.ndarray:
@@ -89,32 +101,40 @@ def two_way(values: np.ndarray) -> tuple[float, float, float]:
     return float(mean), float(np.sqrt(top / (n * s))), freedom
 
 
-def mean_over_seeds(cells: Sequence[Place], name: str, entry: dict[str, Any], level: float = 0.95) -> Estimate:
-    """The mean of a metric over one cell's seeds, with its interval over seeds and documents."""
-    found, n, _ = aligned(cells, name, entry)
-    values = [float(s(np.ones((1, n)))[0]) for s in found]
-    return Estimate(float(np.mean(values)), *stats.crossed_interval(found, n, level, resamples=RESAMPLES), n)
+def mean_over_seeds(cells: Sequence[Place], name: str, entry: dict[str, Any]) -> Estimate:
+    """The mean of a metric over one cell's seeds, with its 95 % interval over seeds and documents. Raises Incomparable."""
+    sides, n = aligned(cells, name, entry)
+    found = [_statistic(side, name, entry) for side in sides]
+    value = float(np.mean([float(s(np.ones((1, n)))[0]) for s in found]))
+    return _finite(Estimate(value, *stats.crossed_interval(found, n, resamples=RESAMPLES), n))
 
 
-def difference_over_seeds(
-    first: Sequence[Place], second: Sequence[Place], name: str, entry: dict[str, Any], level: float = 0.95
-) -> Estimate:
+def difference_over_seeds(first: Sequence[Place], second: Sequence[Place], name: str, entry: dict[str, Any]) -> Estimate:
     """Mean difference of two cells over their seeds, paired by seed and document; the sign turned so that more is better.
 
-    p: two-sided, of no difference, by `two_way` and Student's t; the interval resamples seeds and documents (crossed
+    p: two-sided, of no difference, by `two_way` and Student's t; the 95 % interval resamples seeds and documents (crossed
     bootstrap), which sees (S − 1) / S of the variance between S seeds. Raises Incomparable.
     """
-    both, n, _ = aligned([*first, *second], name, entry)
+    sides, n = aligned([*first, *second], name, entry)
     sign = -1.0 if entry["higher_is_better"] is False else 1.0
-    parts = [_signed(sign, stats.difference_of(a, b)) for a, b in zip(both[: len(first)], both[len(first) :], strict=True)]
+    pairs = list(zip(sides[: len(first)], sides[len(first) :], strict=True))
+    parts = [_signed(sign, stats.difference_of(_statistic(a, name, entry), _statistic(b, name, entry))) for a, b in pairs]
     value = float(np.mean([float(d(np.ones((1, n)))[0]) for d in parts]))
-    table = np.stack([pseudo_values(d, n) for d in parts], axis=1)
-    interval = stats.crossed_interval(parts, n, level, resamples=RESAMPLES)
-    if not np.isfinite([value, *interval]).all() or not np.isfinite(table).all():
-        raise Incomparable("the metric is undefined on the documents in common")
+    if all(np.isfinite(s.values).all() and _weights(s, entry) is None for s in sides):
+        table = np.stack([sign * (a.values - b.values) for a, b in pairs], axis=1)
+    else:
+        table = np.stack([pseudo_values(d, n) for d in parts], axis=1)
+    if not np.isfinite(table).all():
+        raise Incomparable(UNDEFINED)
     _, error, freedom = two_way(table)
     p = 1.0 if value == 0 else 0.0 if error == 0 else 2 * float(stdtr(freedom, -abs(value) / error))
-    return Estimate(value, *interval, n, p)
+    return _finite(Estimate(value, *stats.crossed_interval(parts, n, resamples=RESAMPLES), n, p))
+
+
+def _finite(found: Estimate) -> Estimate:
+    if not np.isfinite([found.value, found.low, found.high]).all():
+        raise Incomparable(UNDEFINED)
+    return found
 
 
 def _signed(sign: float, statistic: stats.Statistic) -> stats.Statistic:
@@ -122,32 +142,26 @@ def _signed(sign: float, statistic: stats.Statistic) -> stats.Statistic:
 
 
 def share_of_gap(
-    cell: Sequence[Place],
-    low: Sequence[Place],
-    high: Sequence[Place],
-    name: str,
-    entry: dict[str, Any],
-    level: float = 0.95,
+    cell: Sequence[Place], low: Sequence[Place], high: Sequence[Place], name: str, entry: dict[str, Any]
 ) -> tuple[Estimate | None, Estimate]:
-    """(cell − low) / (high − low), each a mean over seeds, and high − low, both with intervals over seeds and documents.
+    """(cell − low) / (high − low), each a mean over seeds, and high − low, with 95 % intervals over seeds and documents.
 
     One joint bootstrap: numerator and denominator of the same seeds and documents, and never a mean of ratios. The share is
-    None where the denominator's interval has 0: then there is no gap to speak of. One seed: over documents alone.
+    None where the gap's interval does not lie above 0. One seed: over documents alone. Raises Incomparable.
     """
-    found, n, _ = aligned([*cell, *low, *high], name, entry)
-    s = len(cell)
+    sides, n = aligned([*cell, *low, *high], name, entry)
+    found, s = [_statistic(side, name, entry) for side in sides], len(cell)
     drawn = np.stack([stats.replicates(one, n, RESAMPLES) for one in found], axis=1)
     plain = np.array([float(one(np.ones((1, n)))[0]) for one in found])
     top, bottom = _parts(drawn, plain, s, 0), _parts(drawn, plain, s, 2)
     picked = np.random.default_rng([0, 1]).integers(0, s, (RESAMPLES, s))
     tops, bottoms = (np.take_along_axis(part[0], picked, axis=1).mean(axis=1) for part in (top, bottom))
     sign = -1.0 if entry["higher_is_better"] is False else 1.0
-    ends = sorted(sign * x for x in stats.percentiles(bottoms, level))
-    gap = Estimate(sign * float(bottom[1].mean()), *ends, n)
-    if not np.isfinite(ends).all() or ends[0] <= 0 <= ends[1]:
+    gap = _finite(Estimate(sign * float(bottom[1].mean()), *stats.percentiles(sign * bottoms), n))
+    if gap.low <= 0:
         return None, gap
-    interval = stats.percentiles(tops / np.where(bottoms == 0, np.nan, bottoms), level)
-    return Estimate(float(top[1].mean() / bottom[1].mean()), *interval, n), gap
+    interval = stats.percentiles(tops / np.where(bottoms == 0, np.nan, bottoms))
+    return _finite(Estimate(float(top[1].mean() / bottom[1].mean()), *interval, n)), gap
 
 
 def _parts(drawn: np.ndarray, plain: np.ndarray, s: int, which: int) -> tuple[np.ndarray, np.ndarray]:

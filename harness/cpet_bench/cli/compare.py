@@ -40,7 +40,7 @@ def show(found) -> None:
     from rich.table import Table
 
     console = Console()
-    console = Console(width=max(100, console.width))  # a figure that is cut off says nothing
+    console = Console(width=max(400, console.width))  # a figure that is cut off says nothing
     everything = found.pairs + found.over_seeds
     for first, second in dict.fromkeys((pair.first, pair.second) for pair in everything):
         rows = [pair for pair in everything if (pair.first, pair.second) == (first, second)]

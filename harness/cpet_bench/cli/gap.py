@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-HEADINGS = ("restoring", "seeds", "value (95 %)", "above vanilla", "p", "of the gap, %", "trained", "rate", "TFLOP", "from D")
+HEADINGS = ("restoring", "seeds", "value (95 %)", "above vanilla", "p", "of the gap, %")
+HEADINGS += ("trained", "rate", "TFLOP", "D's TFLOP")
 
 
 def lines(ladder) -> list[tuple[str, ...]]:
     """The rows of a ladder's table, best first, as text."""
-    order = 1 if ladder.high.value.value >= ladder.low.value.value else -1  # more is better, or less
-    rows = sorted(ladder.rows, key=lambda r: -order * r.value.value)
+    rows = sorted(ladder.rows, key=lambda r: r.value.value, reverse=ladder.higher_is_better)
     found = [_line("D (dense)", ladder.high), *(_line(r.restoring, r) for r in rows), _line(ladder.low.restoring, ladder.low)]
     if ladder.untuned:
         found.append(_line("untuned", ladder.untuned))
@@ -62,20 +62,31 @@ def _line(name: str, row) -> tuple[str, ...]:
         f"{v.value:.4g}{ends}",
         above,
         p,
-        share or row.note,
+        share or "–",
         f"{row.trained:,}" if row.trained else "–",
         " ".join(f"{lr:g}" for lr in row.lr) or "–",
         f"{row.flops / 1e12:.3g}" if row.flops else "–",
-        f"{row.inherited_flops / 1e12:.3g}" if row.inherited_flops else "–",
+        f"{row.dense_flops / 1e12:.3g}" if row.dense_flops else "–",
     )
 
 
 def title(ladder) -> str:
-    gap = ladder.gap
     where = ", ".join((ladder.model, ladder.compression, ladder.pet, ladder.task))
     where += f": {ladder.metric} on {ladder.documents:,} documents"
     unit = f" {ladder.unit}" if ladder.unit else ""
-    return f"{where}; the gap is {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]{unit}"
+    gap = ladder.gap
+    if gap is None:
+        return f"{where}; the gap is unknown: {ladder.note}"
+    chance = "" if gap.low > 0 else ", so there is none to have shares of"
+    return f"{where}; the gap is {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]{unit}{chance}"
+
+
+def notes(ladder) -> list[str]:
+    """What stands below the table."""
+    found = [f"{row.restoring}: {row.note}" for row in [ladder.high, *ladder.rows, ladder.low] if row.note]
+    if ladder.left_out:
+        found.append(f"left out, without its vanilla cell or D: {', '.join(ladder.left_out)}")
+    return found
 
 
 def show(ladder) -> None:
@@ -84,7 +95,7 @@ def show(ladder) -> None:
     from rich.table import Table
 
     console = Console()
-    console = Console(width=max(150, console.width))  # a figure that is cut off says nothing
+    console = Console(width=max(400, console.width))  # a figure that is cut off says nothing
     print(title(ladder))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(HEADINGS):
@@ -92,11 +103,11 @@ def show(ladder) -> None:
     for line in lines(ladder):
         table.add_row(*map(escape, line))
     console.print(table)
-    print()
+    print(*notes(ladder), "", sep="\n")
 
 
 def markdown(ladder) -> None:
     print(f"{title(ladder)}\n\n| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
     for line in lines(ladder):
         print(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |")
-    print()
+    print("", *(f"- {note}" for note in notes(ladder)), "", sep="\n")

@@ -44,9 +44,9 @@ class Source:
 def merge(runs: list[str | Path], out: str | Path, prefer: str | None = None) -> dict[str, int]:
     """The union of runs of one matrix, written to the new folder `out`. Returns cells by status.
 
-    The matrix may have grown from run to run, by entries of its axes: the widest one is kept. A cell that several runs have is
-    taken from the one that has it done; where the results are the same from the first. Records stay whole, so that a
-    speed stands beside the device it was measured on.
+    The matrix may have grown from run to run, by entries of its axes: the widest is kept, which has all entries of the
+    others, and their first seed. A cell that several runs have is taken from the one that has it done; where the results are
+    the same from the first. Records stay whole, so that a speed stands beside the device it was measured on.
 
     Args:
         prefer: the run (by name or path) that wins where results differ.
@@ -96,7 +96,7 @@ def _differing(wide: Source, other: Source) -> list[str]:
     for part in OF_MATRIX:
         x, y = mine.get(part), theirs.get(part)
         axis = part in AXES
-        if x == y or (axis and part == "seed" and set(y) <= set(x)):
+        if x == y or (part == "seed" and x[0] == y[0] and set(y) <= set(x)):  # at the first one rates are chosen
             continue
         if isinstance(x, dict) and isinstance(y, dict):
             keys = y if axis else dict.fromkeys([*x, *y])
@@ -142,10 +142,10 @@ def _values(cell: str, a: Source, b: Source) -> str:
 def _write(sources: list[Source], chosen: dict[str, Source], out: Path, widest: Source) -> dict[str, int]:
     matrix = widest.info["matrix"]
     order = sorted(chosen, key=lambda cell: _place(chosen[cell].records[cell]["axes"], matrix))
+    _same_files(sources)
     with files.staged(out) as fresh:
         for source in [*reversed(sources), widest]:  # the last one's copy of a file that several have stays
             names = [n for n in source.hashes if n == "matrix.yaml" or n.startswith("files/")]
-            _same_files(sources[0], source, names)
             files.copy(source.folder, fresh, names)
         for cell in order:
             source = chosen[cell]
@@ -160,10 +160,13 @@ def _write(sources: list[Source], chosen: dict[str, Source], out: Path, widest: 
     return count({cell: chosen[cell].records[cell]["status"] for cell in order})
 
 
-def _same_files(first: Source, other: Source, names: list[str]) -> None:
-    for name in names:
-        if name != "matrix.yaml" and name in first.hashes and first.hashes[name]["sha256"] != other.hashes[name]["sha256"]:
-            raise InputError(f"{first.label} and {other.label} were run with different files: {name}")
+def _same_files(sources: list[Source]) -> None:
+    seen: dict[str, Source] = {}
+    for source in sources:
+        for name in (n for n in source.hashes if n.startswith("files/")):
+            other = seen.setdefault(name, source)
+            if other.hashes[name]["sha256"] != source.hashes[name]["sha256"]:
+                raise InputError(f"{other.label} and {source.label} were run with different files: {name}")
 
 
 def _info(sources: list[Source], chosen: dict[str, Source], order: list[str], name: str, widest: Source) -> dict[str, Any]:
