@@ -321,20 +321,3 @@ def without(n: int, start: int, rows: int) -> np.ndarray:
     counts = np.ones((min(rows, n - start), n))
     counts[np.arange(len(counts)), np.arange(start, start + len(counts))] = 0.0
     return counts
-
-
-def crossed_interval(
-    statistics: Sequence[Statistic], n: int, level: float = 0.95, *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Interval of a mean over training seeds, resampling seeds and documents at once.
-
-    Each seed's statistic (of a cell, or of its difference to the cell with the same seed) is taken on the same n documents.
-    The pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386), mildly too wide for crossed effects; of S seeds it sees
-    (S − 1) / S of the variance between seeds. With one seed this is the interval by document, conditional on that seed.
-    """
-    if n < 2:
-        return NAN
-    rng = np.random.default_rng([seed, 1])
-    by_seed = np.stack([replicates(s, n, resamples, seed) for s in statistics], axis=1)
-    picked = rng.integers(0, len(statistics), by_seed.shape)
-    return percentiles(np.take_along_axis(by_seed, picked, axis=1).mean(axis=1), level)

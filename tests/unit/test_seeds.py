@@ -33,7 +33,7 @@ def test_without_variance_of_one_kind_it_is_the_t_test_of_the_other():
     assert p_value(np.tile(seeds, (N, 1))) == pytest.approx(ttest_1samp(seeds, 0).pvalue, rel=1e-9)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.3])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
 def test_one_in_twenty_is_found_where_there_is_nothing(spread):
     """Documents, seeds and their interaction at random, mean 0; a t test of all rows pooled finds far more than it should."""
     rng = np.random.default_rng(1)
@@ -101,7 +101,9 @@ def test_cells_of_several_seeds_are_compared_by_their_means(tmp_path, capsys):
     assert pair.difference == pytest.approx(d.mean()) and pair.seeds == [0, 1, 2] and pair.documents == N
     assert pair.values == pytest.approx((d.mean() + made_mean(made, "matched"), made_mean(made, "matched")))
     assert pair.low < pair.difference < pair.high and pair.p == pytest.approx(p_value(d)) == pytest.approx(pair.p_holm)
-    assert pair.low <= min(p.difference for p in found.pairs) + 0.05
+    mean, error, freedom = two_way(d)
+    half = t.ppf(0.975, freedom) * error
+    assert (pair.low, pair.high) == pytest.approx((mean - half, mean + half)) and (pair.low > 0) == (pair.p < 0.05)
     assert main(["compare", str(run), "restoring=cpet", "restoring=matched"]) == 0
     assert "mean of seeds 0, 1, 2" in capsys.readouterr().out
     alone = written(tmp_path / "alone", made, seeds=[0])
@@ -137,6 +139,19 @@ def test_shares_of_the_gap_are_ratios_of_means(tmp_path, capsys):
     assert [line.split("|")[1].strip() for line in table] == ["restoring", "---", "D (dense)", "cpet", "matched", "vanilla"]
     assert f"{100 * by['cpet'].share.value:.1f} [" in table[3] and len({line.count("|") for line in table}) == 1
     assert main(["gap", str(run)]) == 0 and "the gap is +0." in capsys.readouterr().out
+
+
+def test_fiellers_interval_is_the_closed_one_where_that_is_known(tmp_path):
+    """One seed: degrees of freedom do not change with the share, and its ends are the roots of a quadratic."""
+    made = answers()
+    (ladder,) = gaps(written(tmp_path / "run", made, seeds=[1]))
+    for name in ("cpet", "matched"):
+        top, bottom = (made[k] - made["nf4", "vanilla", 1] for k in (("nf4", name, 1), ("none", "vanilla", 1)))
+        (v, c), (_, w) = np.cov(top, bottom) / N * t.ppf(0.975, N - 1) ** 2
+        a, b, d = bottom.mean() ** 2 - w, top.mean() * bottom.mean() - c, top.mean() ** 2 - v
+        root = np.sqrt(b * b - a * d)
+        share = next(r.share for r in ladder.rows if r.restoring == name)
+        assert (share.low, share.high) == pytest.approx(((b - root) / a, (b + root) / a), abs=1e-6)
 
 
 def test_what_is_at_an_end_of_the_gap_has_no_interval(tmp_path):

@@ -200,18 +200,6 @@ def test_pairing_narrows():
     assert paired == pytest.approx(((a - b).mean() - half, (a - b).mean() + half), abs=0.003)
 
 
-def test_crossed_sees_the_seeds():
-    rng = np.random.default_rng(0)
-    by_seed = [rng.normal(0.1 * s, 0.1, 200) for s in range(4)]
-    crossed = stats.crossed_interval([stats.mean_of(v) for v in by_seed], 200)
-    pooled = stats.bootstrap_interval(stats.mean_of(np.concatenate(by_seed)), 800)
-    assert crossed[1] - crossed[0] > 5 * (pooled[1] - pooled[0])
-    spread = np.std([0.0, 0.1, 0.2, 0.3]) / 2  # of the mean of four drawn from four
-    assert crossed[1] - crossed[0] == pytest.approx(2 * 1.96 * spread, rel=0.15)
-    one = stats.crossed_interval([stats.mean_of(by_seed[0])], 200)
-    assert one == pytest.approx(stats.bootstrap_interval(stats.mean_of(by_seed[0]), 200))
-
-
 # -- coverage --------------------------------------------------------------------------------------------------------
 def share_inside(make, truth: float, runs: int) -> float:
     rng = np.random.default_rng(0)

