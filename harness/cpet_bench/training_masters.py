@@ -16,7 +16,6 @@ class Masters:
     """What the optimiser sees: `stepped`, the trainable tensors by name, each 16-bit one as a float32 parameter of its own."""
 
     def __init__(self, trainable: dict[str, torch.nn.Parameter]):
-        self.trainable = trainable
         self.halves = {name: p for name, p in trainable.items() if p.dtype in _HALF}
         masters = {name: torch.nn.Parameter(p.detach().float()) for name, p in self.halves.items()}
         self.stepped = {name: masters.get(name, p) for name, p in trainable.items()}

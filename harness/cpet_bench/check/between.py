@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..records import read_records, run_folders
 from ..stats import holm
-from .pairs import Incomparable, difference
+from .pairs import Incomparable, difference, metric_of, one_run
 from .seeds import METHOD, difference_over_seeds
 
 # Perplexities are compared by what they are the exponential of; so are bits per byte, which lm-eval makes of the same sums.
@@ -64,10 +63,7 @@ def between(run: str | Path, first: str, second: str, *, metric: str | None = No
     Cells with one seed say nothing about other seeds; where there are several, the cells' means over them are compared too.
     Raises InputError for an axis, name or metric that the run has not.
     """
-    folders = run_folders(run)
-    if len(folders) > 1 or folders[0] != Path(run):
-        raise InputError(f"{run} holds several runs; name one", allowed=[str(f) for f in folders])
-    records = {record["id"]: record for record in read_records(run)}
+    records = one_run(run)
     axis, names = _axis(records, first, second)
     found = Comparison(axis, names)
     groups: dict[tuple, dict[str, str]] = {}
@@ -119,7 +115,7 @@ def _over_seeds(run: Path, records: dict[str, dict], pairs: list[list[str]], met
             except Incomparable as error:
                 found.append(Pair(*names, name, str(error), means, seeds=seeds))
                 continue
-            unit = UNITS.get(name.rpartition("/")[2].partition(",")[0])
+            unit = UNITS.get(metric_of(name))
             most = max(records[c]["metrics"][name]["n"] for cells in group for c in cells)
             note = f"{most - d.n} documents are not in all cells" if most > d.n else ""
             found.append(Pair(*names, name, note, means, d.value, d.low, d.high, d.p, None, d.n, METHOD, unit, seeds))
@@ -174,8 +170,7 @@ def _pairs(run: Path, first: dict, second: dict, metric: str | None, level: floa
         except Incomparable as error:
             found.append(Pair(*ids, name, str(error), values))
             continue
-        p = 1.0 if d.value == d.low == d.high == 0 else min(1.0, 2 * min(d.p_worse, d.p_not_worse))
         note = f"{d.unpaired} documents in one cell only" if d.unpaired else ""
-        unit = UNITS.get(name.rpartition("/")[2].partition(",")[0])
-        found.append(Pair(*ids, name, note, values, d.value, d.low, d.high, p, None, d.n, d.method, unit))
+        unit = UNITS.get(metric_of(name))
+        found.append(Pair(*ids, name, note, values, d.value, d.low, d.high, d.p, None, d.n, d.method, unit))
     return found

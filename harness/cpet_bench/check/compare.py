@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_DONE, InputError
-from ..records import read_records, run_folders
 from ..stats import holm
-from .pairs import Difference, Incomparable, difference
+from .pairs import Difference, Incomparable, difference, one_run
 
 EXIT_REGRESSION, EXIT_NOTHING = 1, 3
 
@@ -101,7 +100,7 @@ def compare(
     for name, value, most in (("--margin", margin, None), ("--alpha", alpha, 1.0), ("--speed-margin", speed_margin, 1.0)):
         if not 0 < value < (most or float("inf")):
             raise InputError(f"{value:g} must lie above 0" + (f" and below {most:g}" if most else ""), key=name)
-    new, old = _run(candidate), _run(baseline)
+    new, old = one_run(candidate), one_run(baseline)
     report = Report(margin, alpha, speed_margin)
     report.only_baseline = [i for i in old if i not in new]
     report.only_candidate = [i for i in new if i not in old]
@@ -127,13 +126,6 @@ def compare(
             report.cells.append(_verdict(new[i], old[i], name, d, fine[i], worse[i], alpha))
         report.speed.extend(_speeds(new[i], old[i], speed_margin))
     return report
-
-
-def _run(path: str | Path) -> dict[str, dict[str, Any]]:
-    folders = run_folders(path)
-    if len(folders) > 1 or folders[0] != Path(path):
-        raise InputError(f"{path} holds several runs; name one", allowed=[str(f) for f in folders])
-    return {record["id"]: record for record in read_records(path)}
 
 
 def _adjusted(p_values: dict[str, float]) -> dict[str, float]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..records import read_records, run_folders
 from .between import UNITS, seedless
-from .pairs import Incomparable, difference
+from .pairs import Incomparable, difference, metric_of, one_run
 from .seeds import Estimate, Place, difference_over_seeds, mean_over_seeds, share_of_gap
 
 PARTS = ("inherit", "recover", "distill", "control")
@@ -76,10 +75,7 @@ def gaps(run: str | Path, metric: str | None = None) -> list[Ladder]:
     A row's seeds are those at which it, vanilla and D are done and have the metric. Raises InputError where the run has no such
     cells, or not the metric.
     """
-    folders = run_folders(run)
-    if len(folders) > 1 or folders[0] != Path(run):
-        raise InputError(f"{run} holds several runs; name one", allowed=[str(f) for f in folders])
-    records = {r["id"]: r for r in read_records(run) if r["status"] == "done"}
+    records = {cell: r for cell, r in one_run(run).items() if r["status"] == "done"}
     groups: dict[tuple[str, ...], list[dict]] = {}
     for record in records.values():
         if record["settings"].get("pet") and record["settings"].get("compression"):
@@ -107,14 +103,16 @@ def _ladder(run: Path, records: dict[str, dict], key: tuple, cells: list[dict], 
 
     whole = [r for r in cells if has(r["id"]) and all(map(has, ends(r)))]
     vanillas = [r for r in whole if ends(r)[0] == r["id"]]
-    vanillas += [records[i] for i in dict.fromkeys(ends(r)[0] for r in whole) if i not in {v["id"] for v in vanillas}]
+    known = {r["id"] for r in vanillas}
+    vanillas += [records[i] for i in dict.fromkeys(ends(r)[0] for r in whole) if i not in known]
     vanillas = [r for r in vanillas if has(ends(r)[1])]
+    known = {r["id"] for r in vanillas}
     if not vanillas:
         return None
     denses = [records[i] for i in dict.fromkeys(ends(r)[1] for r in vanillas)]
     names: dict[str, list[dict]] = {}
     for record in whole:
-        if record["id"] not in {v["id"] for v in vanillas}:
+        if record["id"] not in known:
             names.setdefault(seedless(record), []).append(record)
     entry = vanillas[0]["metrics"][name]
     gap, note = None, ""
@@ -132,7 +130,7 @@ def _ladder(run: Path, records: dict[str, dict], key: tuple, cells: list[dict], 
         pet,
         name,
         entry["higher_is_better"],
-        UNITS.get(_plain(name)),
+        UNITS.get(metric_of(name)),
         _about(run, vanillas, name, entry),
         _about(run, denses, name, entry),
         gap,
@@ -142,10 +140,6 @@ def _ladder(run: Path, records: dict[str, dict], key: tuple, cells: list[dict], 
         [r["id"] for r in cells if r not in whole],
         note,
     )
-
-
-def _plain(name: str) -> str:
-    return name.rpartition("/")[2].partition(",")[0]
 
 
 def _places(run: Path, records: Sequence[dict]) -> list[Place]:
@@ -160,7 +154,7 @@ def _about(run: Path, records: list[dict], name: str, entry: dict) -> Row:
     if len(records) == 1:
         m = records[0]["metrics"][name]
         value = Estimate(m["value"], m["low"], m["high"], m["n"])
-    elif _plain(name) not in UNITS:  # whose outcomes are not in the metric's own unit
+    elif metric_of(name) not in UNITS:  # whose outcomes are not in the metric's own unit
         try:
             value = mean_over_seeds(_places(run, records), name, entry)
         except Incomparable as error:
@@ -190,8 +184,7 @@ def _row(run: Path, records: dict[str, dict], group: list[dict], ends, name: str
             row.above = difference_over_seeds(own, low, name, entry)
         else:
             d = difference(own[0], low[0], name, entry, 0.0, 0.95)
-            p = 1.0 if d.value == d.low == d.high == 0 else min(1.0, 2 * min(d.p_worse, d.p_not_worse))
-            row.above = Estimate(d.value, d.low, d.high, d.n, p)
+            row.above = Estimate(d.value, d.low, d.high, d.n, d.p)
         row.share, _ = share_of_gap(own, low, high, name, entry)
     except Incomparable as error:
         row.note = str(error)

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from .. import stats
-from ..records import outcomes_table
+from ..errors import InputError
+from ..records import outcomes_table, read_records, run_folders
 
 RESAMPLES = 2000
 MASKED = {"auroc": stats.macro_of, "f1": stats.f1_of, "mcc": stats.mcc_of}
@@ -50,6 +51,24 @@ class Difference:
     unpaired: int
     method: str
 
+    @property
+    def p(self) -> float:
+        """Two-sided, of no difference, where the margin is 0."""
+        return 1.0 if self.value == self.low == self.high == 0 else min(1.0, 2 * min(self.p_worse, self.p_not_worse))
+
+
+def one_run(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The records of a run by id. Raises InputError for a folder of several."""
+    folders = run_folders(path)
+    if len(folders) > 1 or folders[0] != Path(path):
+        raise InputError(f"{path} holds several runs; name one", allowed=[str(f) for f in folders])
+    return {record["id"]: record for record in read_records(path)}
+
+
+def metric_of(name: str) -> str:
+    """The metric in a record's name of it: without the task before it and the filter behind."""
+    return name.rpartition("/")[2].partition(",")[0]
+
 
 def difference(
     candidate: tuple[Path, str], baseline: tuple[Path, str], name: str, entry: dict[str, Any], margin: float, level: float
@@ -68,7 +87,7 @@ def difference(
     unpaired = len(new.keys) + len(old.keys) - 2 * len(rows)
     new, old = new.at([i for i, _ in rows]), old.at([j for _, j in rows])
     sign = -1.0 if entry["higher_is_better"] is False else 1.0
-    found = _tested(new, old, name.rpartition("/")[2].partition(",")[0], entry.get("weights"), sign, margin, level)
+    found = _tested(new, old, metric_of(name), entry.get("weights"), sign, margin, level)
     return Difference(*found[:5], n=len(rows), unpaired=unpaired, method=found[5])
 
 

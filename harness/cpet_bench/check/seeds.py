@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
 
 from .. import stats
-from .pairs import MASKED, Incomparable, Side, side_of
+from .pairs import MASKED, Incomparable, Side, metric_of, side_of
 
 METHOD = "two-way analysis of variance over documents and seeds, Student's t"
 Place = tuple[Path, str]  # folder of a run, id of a cell
@@ -56,7 +56,7 @@ def aligned(places: Sequence[Place], name: str, entry: dict[str, Any]) -> tuple[
 
 def _statistic(side: Side, name: str, entry: dict[str, Any]) -> stats.Statistic:
     """Of a group's mean each task has the share it has there. Raises Incomparable where documents have no value."""
-    metric = name.rpartition("/")[2].partition(",")[0]
+    metric = metric_of(name)
     if np.isfinite(side.values).all():
         return stats.mean_of(side.values, _weights(side, entry))
     if metric not in MASKED or any(x is None for x in side.logprobs) or len({len(x) for x in side.logprobs}) != 1:
