@@ -14,6 +14,7 @@ from .cells import expand
 from .compression.sizes import LIBRARIES, ModelSize
 from .errors import InputError
 from .estimates import Estimates
+from .fitting import unfit
 from .folders import read_json
 from .known_rates import known_rates
 from .matrix import Matrix, load_matrix
@@ -37,6 +38,7 @@ class Prepared:
     left_out: dict[str, str] = field(default_factory=dict)  # cell id → why it is left for a later run
     budget: float | None = None  # seconds after which no further step is begun
     known: dict[str, dict[str, Any]] = field(default_factory=dict)  # key of a `rate` step → facts an earlier run states
+    unfit: dict[tuple[str, str], str] = field(default_factory=dict)  # (model, compression) → why it cannot be
     _sizes: dict[str, ModelSize | None] = field(default_factory=dict)  # by the key of a model's step
 
     @cached_property
@@ -90,13 +92,13 @@ class Prepared:
         found = None
         if step.kind == "compress":
             backend = registry.get("compression", step.settings["backend"])
-            size = self._size(step)
+            size = self.size(step)
             if size is not None and hasattr(backend, "memory"):
                 settings = backend.Settings.model_validate(step.settings["settings"])
                 found = backend.memory(settings, size) + (LIBRARIES if self.machine["device"] == "cpu" else 0)
         return self.estimates.memory(step) if found is None else found
 
-    def _size(self, step: Step) -> ModelSize | None:
+    def size(self, step: Step) -> ModelSize | None:
         """The sizes of the model that a compression, or the first of a mixture, starts from."""
         while step.kind == "compress":
             step = self.plan.steps[step.needs["source"]]
@@ -149,5 +151,6 @@ def prepare(
     estimates = Estimates(opened)
     seconds = {key: estimates.seconds(step) for key, step in plan.steps.items()}
     ready = Prepared(matrix, plan, opened, machine, Path(runs) / name, estimates, seconds, known=known_rates(plan, rates))
+    ready.unfit = unfit(ready)
     ready.choose(sample, sample_seed, budget)
     return ready

@@ -219,7 +219,8 @@ def test_on_a_llama_it_is_as_good_as_gptqmodel(tmp_path, given):
     ours, settings = load_model(dense), Gptq.Settings(**given)
     layers = block_linears(ours)
     opened = Whole(ours, dense, tmp_path / "ours", "the test says so")
-    gptq_columns.quantise(opened, TEXT, settings, gptq_columns.group_of(layers, settings.group), lambda *a: None)
+    group = gptq_columns.group_of({name: features(layer) for name, layer in layers.items()}, settings.group)
+    gptq_columns.quantise(opened, TEXT, settings, group, lambda *a: None)
     error = []
     for model in (ours, load_model(tmp_path / "theirs")):
         x = inputs_of(model, TEXT)
@@ -238,7 +239,7 @@ def test_it_needs_neither_library_and_says_what_it_cannot_take(t5, tmp_path, mon
     with pytest.raises(StepFailed, match="calibration documents"):
         compress(Gptq, t5, tmp_path / "never", [])
     with pytest.raises(Unsupported, match=r"encoder.block.0.layer.0.SelfAttention.q reads 12 inputs, which 8 does not divide"):
-        gptq_columns.group_of({"encoder.block.0.layer.0.SelfAttention.q": torch.nn.Linear(12, 8)}, -1)
+        gptq_columns.group_of({"encoder.block.0.layer.0.SelfAttention.q": (12, 8)}, -1)
     compress(Gptq, t5, tmp_path / "once", TEXT[:8], bits=4)
     with pytest.raises(Unsupported, match=r"GPTQ needs plain weights; the model is quantised \(cpet_packed\): give the"):
         compress(Gptq, tmp_path / "once", tmp_path / "never", TEXT)

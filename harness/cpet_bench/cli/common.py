@@ -53,6 +53,11 @@ def prepared(args: argparse.Namespace):
     )
 
 
+def unfit(ready) -> list[str]:
+    """Which models cannot be compressed as the matrix says, a line each."""
+    return [f"{model} × {compression} will be unsupported: {why}" for (model, compression), why in ready.unfit.items()]
+
+
 def left_out(ready, pending: list[str]) -> str | None:
     """Which cells stay pending for a later run, in a line; None where none do."""
     if not pending:

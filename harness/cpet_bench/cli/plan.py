@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .common import left_out, matrix_options, prepared
+from .common import left_out, matrix_options, prepared, unfit
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.json:
         cells = {cell.id: ready.plan.roles[cell.id] for cell in ready.plan.cells}
-        print(json.dumps({"total": total, "machine": ready.machine, "cells": cells, "steps": rows}, indent=1))
+        refused = [{"model": m, "compression": c, "reason": why} for (m, c), why in ready.unfit.items()]
+        found = {"total": total, "machine": ready.machine, "cells": cells, "unfit": refused, "steps": rows}
+        print(json.dumps(found, indent=1))
         return 0
     show(ready, rows, total)
     return 0
@@ -85,7 +87,7 @@ def show(ready, rows: list[dict], total: dict) -> None:
         console.print("  " + escape(cell.id), highlight=False)
     console.print()
     console.print(table)
-    for line in filter(None, [left_out(ready, [i for i in ready.left_out if i not in ready.recorded])]):
+    for line in filter(None, [*unfit(ready), left_out(ready, [i for i in ready.left_out if i not in ready.recorded])]):
         console.print("\n" + escape(line), highlight=False)
     console.print(
         f"\n{total['steps']} steps, {total['run']} to run: about {clock(total['seconds'])}, up to"

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from .cache import human, size
-from .common import left_out, matrix_options, prepared
+from .common import left_out, matrix_options, prepared, unfit
 
 MOST = 300  # rows of the table on the terminal
 
@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
     quota = size(args.quota) if args.quota else None
     ready = prepared(args)
+    for line in unfit(ready):
+        print(f"cpet-bench: {line}", file=sys.stderr)
     display = make(args.json)
     try:
         result = run_prepared(ready, [display], on_signal=handle_signals)

@@ -16,7 +16,7 @@ from ..errors import StepFailed, Unsupported
 from ..keys import version
 from ..settings import CalibrationSettings, Settings
 from . import gptq_columns, rounding
-from .masks import load_plain, stored_dtype
+from .masks import load_plain, needs_plain, stored_dtype
 from .rounding import refuse_packed_again
 from .sizes import F32, ModelSize, whole
 
@@ -70,6 +70,14 @@ class Gptq:
         return refuse_packed_again(before)
 
     @staticmethod
+    def fits(settings, size: ModelSize) -> None:
+        """Unsupported where a model of these sizes cannot be quantised so."""
+        if size.quantised:
+            raise needs_plain("GPTQ", size.quantised)
+        if size.shapes:
+            (gptq_columns.group_of if size.pairs else group_of)(size.shapes, settings.group)
+
+    @staticmethod
     def memory(settings, size: ModelSize) -> int:
         """Bytes of the whole model in float32, where its zeros are, its packed weights, and a block's Hessians."""
         packed = size.blocks * (8 + settings.bits + 1) // 8
@@ -93,7 +101,7 @@ class Gptq:
         model also zeros_kept, the share of its zeros that are still zero: making up for errors moves pruned weights as well.
         """
         from ..models import gptq
-        from ..models.arch import dense_weight
+        from ..models.arch import dense_weight, features
         from ..models.loading import load_config, load_tokenizer
 
         if not examples:
@@ -104,7 +112,7 @@ class Gptq:
         import torch
 
         model, layers = load_plain(source, device, "float32", "GPTQ")
-        group = group_of(layers, settings.group)
+        group = group_of({name: features(layer) for name, layer in layers.items()}, settings.group)
         zeros = {name: dense_weight(layer) == 0 for name, layer in layers.items()}
         how = quantise(model, layers, examples, settings, group, progress)
         packed = gptq.packed_linears(model)
@@ -132,17 +140,16 @@ class Gptq:
         }
 
 
-def group_of(layers: dict[str, Any], wanted: int | None) -> int:
-    """The group for these layers (-1: the whole row); Unsupported, with the layer's name, where it cannot be."""
-    from ..models.arch import features
-
-    for name, layer in layers.items():
-        if any(width % 32 for width in features(layer)):
+def group_of(shapes: dict[str, tuple[int, int]], wanted: int | None) -> int:
+    """The group for layers with these inputs and outputs (-1: the whole row); Unsupported, with the layer's name, where it
+    cannot be."""
+    for name, shape in shapes.items():
+        if any(width % 32 for width in shape):
             raise Unsupported(
-                f"GPTQ packs multiples of 32 inputs and outputs; {name} has {features(layer)}: "
+                f"GPTQ packs multiples of 32 inputs and outputs; {name} has {tuple(shape)}: "
                 "rtn takes multiples of 8; where structured pruning made these widths, multiple: 32 there helps"
             )
-    widths = {name: features(layer)[0] for name, layer in layers.items()}
+    widths = {name: inputs for name, (inputs, _) in shapes.items()}
     return wanted if wanted == -1 else rounding.group_of(widths, wanted, (16, 32, 64, 128, 256, 512, 1024))
 
 

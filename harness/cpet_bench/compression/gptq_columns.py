@@ -36,7 +36,7 @@ def compress(
 
     model, layers = load_plain(source, device, "float32", "GPTQ")
     opened = Whole(model, source, out, "layers are replaced while their block is at work")
-    group = group_of(layers, settings.group)
+    group = group_of({name: features(layer) for name, layer in layers.items()}, settings.group)
     zeros, kept = quantise(opened, examples, settings, group, progress)
     how = {"bits": settings.bits, "group": group, "sym": settings.sym}
     model.config.quantization_config = PackedConfig(**how)
@@ -58,11 +58,10 @@ def compress(
     return {**facts, **opened.facts, "bytes": opened.save({"backend": "gptq", **facts})}
 
 
-def group_of(layers: dict[str, Any], wanted: int | None) -> int:
-    """The group for these layers (-1: the whole row); Unsupported, with the layer's name, where it cannot be."""
-    from ..models.arch import features
-
-    widths = {name: features(layer)[0] for name, layer in layers.items()}
+def group_of(shapes: dict[str, tuple[int, int]], wanted: int | None) -> int:
+    """The group for layers with these inputs and outputs (-1: the whole row); Unsupported, with the layer's name, where it
+    cannot be."""
+    widths = {name: inputs for name, (inputs, _) in shapes.items()}
     if wanted != -1:
         return rounding.group_of(widths, wanted, (16, 32, 64, 128, 256, 512, 1024))
     for name, width in widths.items():

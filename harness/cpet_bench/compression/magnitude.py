@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
+from .masks import PatternSettings, Zeros, check_widths, fits, inputs_of, keep_mask, refuse_packed, weight_out_in
 from .sizes import F32, ModelSize
 
 
@@ -27,6 +27,8 @@ class Magnitude:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed(before)
+
+    fits = staticmethod(fits)
 
     @staticmethod
     def memory(settings, size: ModelSize) -> int:
@@ -49,7 +51,7 @@ class Magnitude:
         from .streaming import open_plain
 
         opened = open_plain(source, out, device, forward=False)
-        check_widths(opened.layers, settings)
+        check_widths(inputs_of(opened.layers), settings)
         zeros = Zeros(settings)
         for done, name in enumerate(opened.layers):
             with opened.held(name) as module:

@@ -12,6 +12,7 @@ from ..errors import StepFailed, Unsupported
 from ..settings import Settings
 from .notes import write_note
 from .rounding import PACKING
+from .sizes import ModelSize
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +58,12 @@ def refuse_quantised(source: Path, what: str) -> None:
 
     quantised = load_config(source).get("quantization_config")
     if quantised:
-        method = quantised.get("quant_method")
-        raise Unsupported(f"{what} needs plain weights; the model is quantised ({method}): give the one it was made from")
+        raise needs_plain(what, quantised.get("quant_method"))
+
+
+def needs_plain(what: str, method: str | None) -> Unsupported:
+    """The error of `what` on a model that is quantised by `method`."""
+    return Unsupported(f"{what} needs plain weights; the model is quantised ({method}): give the one it was made from")
 
 
 def load_plain(source: Path, device: str, dtype: str, what: str = "pruning"):
@@ -71,10 +76,21 @@ def load_plain(source: Path, device: str, dtype: str, what: str = "pruning"):
     return model, block_linears(model)
 
 
-def check_widths(layers: dict[str, Any], settings: PatternSettings) -> None:
+def fits(settings: PatternSettings, size: ModelSize) -> None:
+    """Unsupported where a model of these sizes cannot be pruned so."""
+    if size.quantised:
+        raise needs_plain("pruning", size.quantised)
+    check_widths({name: inputs for name, (inputs, _) in size.shapes.items()}, settings)
+
+
+def inputs_of(layers: dict[str, Any]) -> dict[str, int]:
+    """How many inputs each layer reads."""
+    return {name: weight_out_in(module).shape[1] for name, module in layers.items()}
+
+
+def check_widths(widths: dict[str, int], settings: PatternSettings) -> None:
     """Unsupported, naming the layer, where groups of m do not fill a layer's width."""
     m = settings.nm[1] if settings.nm else 1
-    widths = {name: weight_out_in(module).shape[1] for name, module in layers.items()}
     for name, width in widths.items():
         if width % m:
             fits = [str(n) for n in range(2, 33) if not any(w % n for w in widths.values())]

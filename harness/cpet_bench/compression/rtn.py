@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from ..settings import Settings
+from .masks import needs_plain
 from .rounding import grid, group_of, integers, refuse_packed_again
 from .sizes import F32, ModelSize
 
@@ -39,6 +40,14 @@ class Rtn:
     @staticmethod
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed_again(before)
+
+    @staticmethod
+    def fits(settings, size: ModelSize) -> None:
+        """Unsupported where a model of these sizes cannot be rounded so."""
+        if size.quantised:
+            raise needs_plain("rtn", size.quantised)
+        if size.shapes:
+            group_of({name: inputs for name, (inputs, _) in size.shapes.items()}, settings.group)
 
     @staticmethod
     def memory(settings, size: ModelSize) -> int:

@@ -1,4 +1,5 @@
-"""What a compression takes of a device's memory, from the shapes of the model's tensors. Importing this loads no torch.
+"""What a compression takes of a device's memory, and which models it cannot take, from the shapes of the model's tensors.
+Importing this loads no torch.
 
 A backend's `memory(settings, size)` gives bytes: of tensors, beside what the libraries themselves take of a process. They are
 for 32-bit floats, since backends compute in them, and for as much calibration text as its settings allow.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ F32 = 4
 LIBRARIES = 6e8  # bytes that a process has after importing torch and transformers
 BATCH = 4096  # padded tokens that are run at once (blockwise.TOKENS)
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
+_TRANSPOSED = ("gpt2", "openai-gpt")  # transformers' Conv1D keeps weights as inputs x outputs
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 
 
@@ -27,7 +29,8 @@ class ModelSize:
     """Numbers of parameters: `total`, `blocks` (all of them together), `block` (the largest), `layer` (the largest layer of a
     block), `outside` (what is in no block, without a head of its own), `largest` (tensor). Lengths: `depth` (blocks), `width`
     (hidden states), `widest` (what a layer of a block reads or gives), `vocabulary`, `heads`. pairs: whether there are an
-    encoder and a decoder.
+    encoder and a decoder. shapes: (inputs, outputs) of the blocks' linear layers by name, of plain weights alone. quantised:
+    the format of a model that is packed already.
     """
 
     total: int
@@ -42,6 +45,8 @@ class ModelSize:
     vocabulary: int
     heads: int
     pairs: bool
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    quantised: str | None = None
 
     @classmethod
     def of(cls, folder: Path) -> ModelSize | None:
@@ -78,7 +83,19 @@ class ModelSize:
             vocabulary=config.get("vocab_size") or words[0],
             heads=next((config[k] for k in _HEADS if isinstance(config.get(k), int)), max(1, words[1] // 64)),
             pairs=bool(config.get("is_encoder_decoder")),
+            shapes={} if config.get("quantization_config") else _shapes(inside, config.get("model_type") in _TRANSPOSED),
+            quantised=(config.get("quantization_config") or {}).get("quant_method"),
         )
+
+
+def _shapes(inside: dict[str, Any], transposed: bool) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of linear layers from the tensors of the blocks; T5's table of position biases is none."""
+    found = {}
+    for name, place in inside.items():
+        layer, _, last = name.rpartition(".")
+        if last == "weight" and len(place.shape) == 2 and not layer.endswith("relative_attention_bias"):
+            found[layer] = place.shape if transposed else place.shape[::-1]
+    return found
 
 
 def run(size: ModelSize, documents: int, tokens: int) -> int:

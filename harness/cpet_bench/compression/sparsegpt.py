@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from ..errors import StepFailed
 from ..settings import CalibrationSettings
 from .blockwise import change_blocks
-from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
+from .masks import PatternSettings, Zeros, check_widths, fits, inputs_of, keep_mask, refuse_packed, weight_out_in
 from .sizes import F32, ModelSize, streamed
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class SparseGpt:
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed(before)
 
+    fits = staticmethod(fits)
+
     @staticmethod
     def memory(settings, size: ModelSize) -> int:
         """Bytes of going block by block, with a block's Hessians, and the widest one three times over in fp64."""
@@ -79,7 +81,7 @@ class SparseGpt:
         if not examples:
             raise StepFailed("SparseGPT needs calibration documents, and there are none")
         opened = open_plain(source, out, device)
-        check_widths(opened.layers, settings)
+        check_widths(inputs_of(opened.layers), settings)
         facts = prune(opened, examples, settings, progress)
         facts |= {"calibration_documents": len(examples), "calibration_tokens": sum(map(len, examples))}
         note = {"backend": "sparsegpt", **settings.model_dump(mode="json"), **facts}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StepFailed
 from ..settings import CalibrationSettings
 from .blockwise import change_blocks
-from .masks import PatternSettings, Zeros, check_widths, keep_mask, refuse_packed, weight_out_in
+from .masks import PatternSettings, Zeros, check_widths, fits, inputs_of, keep_mask, refuse_packed, weight_out_in
 from .sizes import F32, ModelSize, streamed
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Wanda:
     def refuse(settings, before: list[str]) -> str | None:
         return refuse_packed(before)
 
+    fits = staticmethod(fits)
+
     @staticmethod
     def memory(settings, size: ModelSize) -> int:
         """Bytes of going block by block, with one layer's scores, what stays of them and where."""
@@ -67,7 +69,7 @@ class Wanda:
         if not examples:
             raise StepFailed("Wanda needs calibration documents, and there are none")
         opened = open_plain(source, out, device)
-        check_widths(opened.layers, settings)
+        check_widths(inputs_of(opened.layers), settings)
         facts = prune(opened, examples, settings, progress)
         facts |= {"calibration_documents": len(examples), "calibration_tokens": sum(map(len, examples))}
         note = {"backend": "wanda", **settings.model_dump(mode="json"), **facts}
