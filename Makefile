@@ -2,13 +2,17 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test reproduce check benchmark clean
+.PHONY: run test test-slow reproduce check benchmark clean
 
 run: $(VENV)/.installed
 	$(BIN)/cpet-bench run matrix.yaml
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# those that take minutes: thirty kills, full disks, libraries that hang
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 # one published cell, from nothing: fetches the model, prunes it, scores it; two minutes
 reproduce: $(VENV)/.installed

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 import shared_run
 
@@ -64,23 +66,43 @@ def cli(tmp_path) -> Cli:
     return Cli(tmp_path)
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Cli], dict]) -> tuple[Cli, dict]:
+    """A folder in which `make` ran, once for all test processes: each has a copy of it, and what `make` returned."""
+    common = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    first, said = common / f"{name}-first", common / f"{name}.json"
+    with FileLock(common / f"{name}.lock"):
+        if not said.exists():
+            first.mkdir()
+            said.write_text(json.dumps(make(Cli(first))))
+    own = factory.mktemp(name)
+    return Cli(shutil.copytree(first, own, dirs_exist_ok=True, symlinks=True)), json.loads(said.read_text())
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> SimpleNamespace:
     """One undisturbed run of the smoke matrix, for everything that only reads it (or copies what it changes)."""
-    own = Cli(tmp_path_factory.mktemp("smoke"))
-    done = own("run", SMOKE)
-    return SimpleNamespace(cli=own, done=done, folder=own.folder / "runs/smoke", records=own.records())
+
+    def make(cli: Cli) -> dict:
+        done = cli("run", SMOKE)
+        return {"returncode": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+
+    own, said = once(tmp_path_factory, "smoke", make)
+    return SimpleNamespace(cli=own, done=SimpleNamespace(**said), folder=own.folder / "runs/smoke", records=own.records())
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> SimpleNamespace:
     """One real run of three cells, and its halves, computed from the same store."""
-    cli = Cli(tmp_path_factory.mktemp("shared"))
-    matrix = cli.matrix(shared_run.TEXT)
-    done = cli("run", matrix)
-    assert done.returncode == 0, done.stderr
-    for name, only in (("half-a", "compression=none"), ("half-b", "compression=wanda24")):
-        assert cli("run", matrix, "--only", only, "--name", name, "--no-page").returncode == 0
+
+    def make(cli: Cli) -> dict:
+        matrix = cli.matrix(shared_run.TEXT)
+        done = cli("run", matrix)
+        assert done.returncode == 0, done.stderr
+        for name, only in (("half-a", "compression=none"), ("half-b", "compression=wanda24")):
+            assert cli("run", matrix, "--only", only, "--name", name, "--no-page").returncode == 0
+        return {}
+
+    cli, _ = once(tmp_path_factory, "shared", make)
     runs = cli.folder / "runs"
     return SimpleNamespace(cli=cli, run=runs / "shared", a=runs / "half-a", b=runs / "half-b", records=cli.records("shared"))
 

@@ -58,6 +58,7 @@ def stopped(done, *words: str) -> None:
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_full_and_read_only_disks(smoke, tmp_path, disks):
     store, runs = disks
     cli = Cli(tmp_path)

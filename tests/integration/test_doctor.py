@@ -94,7 +94,7 @@ def test_the_whole_report(cli, tmp_path):
     assert all(row["reason"] and (row["remedy"] or row["state"] == "ok") for row in found["rows"])
 
 
-@pytest.mark.parametrize("how", ["absent", "broken", "crashing"])
+@pytest.mark.parametrize("how", ["absent", *(pytest.param(how, marks=pytest.mark.slow) for how in ("broken", "crashing"))])
 def test_a_library_that_is_hidden_changes_its_row_alone(hidden, tmp_path, how):
     if how == "absent":
         hidden(

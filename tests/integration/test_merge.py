@@ -42,6 +42,7 @@ def test_a_matrix_may_grow(made, tmp_path):
     """Entries of an axis added, seeds too: earlier runs of it stay good, and the widest matrix is kept."""
     grown = made.cli.matrix(GROWN, "grown.yaml")
     only = ("--only", "restoring=again", "--only", "seed=1", "--no-page")
+    nothing = ("--no-page", "--budget", "1s")  # what is refused for its matrix need not have been computed
     assert made.cli("run", grown, *only, "--name", "grown").returncode == 0
     wider = made.cli.folder / "runs/grown"
     new = PRUNED.replace("--none--none--smoke", "--lora--again--smoke").replace("--s0", "--s1")
@@ -53,15 +54,15 @@ def test_a_matrix_may_grow(made, tmp_path):
     ready = made.cli("plan", tmp_path / "shared/matrix.yaml", "--json")
     assert ready.returncode == 0 and new in ready.stdout
     other = made.cli.matrix(GROWN.replace("{r: 2}", "{r: 4}"), "other.yaml")
-    assert made.cli("run", other, *only, "--name", "other").returncode == 0
+    assert made.cli("run", other, *nothing, "--name", "other").returncode == 0
     with pytest.raises(InputError, match=r"different matrices: restoring\.again differs"):
         merge([made.a, wider, made.cli.folder / "runs/other"], tmp_path / "out")
     first = made.cli.matrix(GROWN.replace("seed: [0, 1]", "seed: [1, 0]"), "first.yaml")
-    assert made.cli("run", first, *only, "--name", "first").returncode == 0
+    assert made.cli("run", first, *nothing, "--name", "first").returncode == 0
     with pytest.raises(InputError, match="different matrices: .*seed differ"):  # where rates are chosen
         merge([made.a, made.cli.folder / "runs/first"], tmp_path / "out")
     aside = made.cli.matrix(GROWN.replace("again", "aside"), "aside.yaml")
-    assert made.cli("run", aside, *[w.replace("again", "aside") for w in only], "--name", "aside").returncode == 0
+    assert made.cli("run", aside, *nothing, "--name", "aside").returncode == 0
     with pytest.raises(InputError, match=r"different matrices: restoring\.as?[a-z]+ differs"):
         merge([wider, made.cli.folder / "runs/aside"], tmp_path / "out")
 

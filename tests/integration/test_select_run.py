@@ -52,6 +52,7 @@ def test_every_seed_has_the_rate_that_validation_chose(chosen):
     assert json.loads(config.read_text())["peft_type"] == "LORA"
 
 
+@pytest.mark.slow
 def test_the_same_as_the_rate_given(chosen):
     """The candidates' figures are those of a run with that rate on the validation split; the winner is that very training."""
     chosen_records = chosen.records("chosen")
