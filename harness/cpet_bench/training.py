@@ -84,7 +84,8 @@ def train(
         Stopping: `should_stop()` said so; the checkpoint is written.
     """
     settings = settings.model_copy(update={"steps": settings.steps + extra_steps})
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # a layer to which AdaLoRA left no rank has factors without elements
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     if not trainable:
         raise StepFailed("nothing to train: no parameter requires a gradient")
     start_id = start_token(model)
@@ -191,7 +192,7 @@ def train(
             model.disable_input_require_grads()
         model.train(was_training)
     done = state["step"]
-    never = proof.finish(done, start) if done else []
+    never = proof.finish(done, start, ada.given_up() if ada else ()) if done else []
     lost = masters.lost(start)
     if done and len(lost) == len(trainable):
         raise StepFailed(f"the steps were too small to change {lost[0]} or any other tensor in {masters.halves[lost[0]].dtype}")

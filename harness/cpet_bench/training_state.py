@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -111,8 +112,10 @@ class Proof:
         """Names of the tensors whose gradient is not finite now."""
         return [n for n, p in self.trainable.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
 
-    def finish(self, steps: int, start: dict[str, torch.Tensor]) -> list[str]:
+    def finish(self, steps: int, start: dict[str, torch.Tensor], back: Collection[str] = ()) -> list[str]:
         """The exempt tensors (what reaches them is rounding, if anything); StepFailed where others learned nothing.
+
+        back: tensors that the method itself may put back to where they started.
 
         A product that starts at zero (LoRA's B, recovery's U2) makes the other factor's first gradient exactly zero, so
         after a single step a tensor without gradient proves nothing, and only the whole is judged.
@@ -123,7 +126,8 @@ class Proof:
         if dead:
             raise StepFailed(f"{len(dead)} trainable tensors never got a gradient other than zero: {_some(dead)}")
         if steps > 1:
-            still = [n for n, p in self.trainable.items() if n not in self.exempt and torch.equal(p.detach(), start[n])]
+            may = self.exempt.union(back)
+            still = [n for n, p in self.trainable.items() if n not in may and torch.equal(p.detach(), start[n])]
             if still:
                 raise StepFailed(f"{len(still)} trainable tensors did not change in {steps} steps: {_some(still)}")
         for name, p in self.trainable.items():

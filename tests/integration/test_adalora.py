@@ -91,6 +91,20 @@ def test_the_budget_is_reached_saved_and_read_by_plain_peft(model, folders, tmp_
     torch.testing.assert_close(outputs(plain), wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_a_layer_may_lose_all_its_ranks(model, folders, tmp_path):
+    """Its singular values are zero again, as they started, which is no sign that it was not trained."""
+    ours = model(target_r=1)
+    facts = run(ours, rows(48), tmp_path, **TRAIN)
+    assert facts["ranks"]["total"] == LAYERS and facts["ranks"]["smallest"] == 0
+    assert any(not v.any() for n, v in weights(ours).items() if "lora_E" in n)
+    methods.save(ours, tmp_path / "adapter")
+    wanted = outputs(ours)
+    again = methods.attach_saved(load_model(folders["llama"], dtype="float32"), tmp_path / "adapter", trainable=False)
+    torch.testing.assert_close(outputs(again), wanted, atol=1e-6, rtol=1e-5)
+    start = methods.attach_saved(load_model(folders["llama"], dtype="float32"), tmp_path / "adapter", trainable=True)
+    assert "ranks" not in run(start, rows(48, seed=1), tmp_path / "second", **TRAIN)
+
+
 def test_a_stop_changes_nothing(model, tmp_path):
     data = rows(48)
     whole = model()

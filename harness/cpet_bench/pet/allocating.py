@@ -74,6 +74,11 @@ class AdaLora:
         left = [sum(kept) for kept in self.config.rank_pattern.values()]
         return {"total": sum(left), "smallest": min(left), "largest": max(left), "layers": len(left)}
 
+    def given_up(self) -> set[str]:
+        """Names of the singular values of layers that no rank was left to: zero again, as they started, and rightly so."""
+        pattern = self.config.rank_pattern if self.allocates else None
+        return {name for name, kept in (pattern or {}).items() if not any(kept)}
+
     # -- a checkpoint --------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, torch.Tensor]:
         allocator = self.tuner.rankallocator
