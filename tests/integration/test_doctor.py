@@ -121,6 +121,7 @@ def test_a_library_that_is_hidden_changes_its_row_alone(hidden, tmp_path, how):
     assert rows["compression", "magnitude"]["state"] == rows["compression", "wanda"]["state"] == "ok"
 
 
+@pytest.mark.slow
 def test_the_core_is_what_the_exit_code_is_about(cli, tmp_path, hidden):
     hidden(lm_eval="raise ImportError('broken on purpose')", gguf="raise ImportError('no gguf')")
     done = cli("doctor", PYTHONPATH=os.environ["PYTHONPATH"])

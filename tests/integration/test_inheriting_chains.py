@@ -198,6 +198,7 @@ def test_notes_of_what_was_done_before_are_never_lost(folders, pruned, tmp_path)
     assert read_cuts(load_model(narrow), narrow, 0) is None
 
 
+@pytest.mark.slow
 def test_through_the_command_line(cli):
     """transfer, training on, and the control of equal size, on cut models and a mixture; adapters of the user's."""
     tiny.make("llama", {**tiny.DEFAULTS, "intermediate": 96}, cli.folder / "other")

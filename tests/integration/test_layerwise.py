@@ -140,6 +140,7 @@ exclude: [{pet: none}]
 """
 
 
+@pytest.mark.slow
 def test_through_the_command_line_and_again_with_the_teacher_alongside(cli, tmp_path, monkeypatch):
     """Blocks that are left are compared with those that they were; a teacher whose features are not kept teaches the same."""
     done = cli("run", cli.matrix(MATRIX.replace("FOLDER", str(SMOKE.parent / "smoke_task"))), timeout=900)

@@ -151,7 +151,9 @@ def _wait_for(cli: Cli, process, test, seconds: float = 120) -> None:
     raise AssertionError("it never came to that")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["ctrl-c", "sigterm"]
+)
 def test_a_stopped_run_goes_on_from_its_checkpoint(cli, number):
     text = "name: slow\ntrain: {steps: 400, checkpoint_every: 100}\nprobes: {throughput: false, memory: false}\n"
     matrix = cli.matrix(text)
