@@ -198,6 +198,11 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     return row | {"simulated": ", ".join(record["simulated"])}
 
 
+def is_vanilla(restoring: dict[str, Any] | None) -> bool:
+    """Whether a record's restoring setting is none: modules trained from random weights, with no teacher and as no control."""
+    return not any((restoring or {}).get(part) is not None for part in ("inherit", "recover", "distill", "control"))
+
+
 def outcomes_path(folder: str | Path, cell_id: str) -> Path:
     """Where the outcomes of a cell lie in a run's folder. InputError where they do not."""
     path = Path(folder) / "outcomes" / f"{cell_id}.parquet"

@@ -53,6 +53,13 @@ def print_table(records: list[dict[str, Any]], console: Console | None = None) -
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def uncut():
+    """A rich console for tables whose every figure counts: lines longer than the terminal's are folded by it, not cut off."""
+    from rich.console import Console
+
+    return Console(width=max(400, Console().width))
+
+
 def ladder(block: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of one model and task in the order of their rows."""
     order = {c: i for i, c in enumerate(dict.fromkeys(r["axes"].get("compression") for r in block))}

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..records import is_vanilla
 from .between import UNITS, seedless
 from .pairs import Incomparable, difference, metric_of, one_run
 from .seeds import Estimate, Place, difference_over_seeds, mean_over_seeds, share_of_gap
-
-PARTS = ("inherit", "recover", "distill", "control")
 
 
 @dataclass
@@ -98,8 +97,9 @@ def _ladder(run: Path, records: dict[str, dict], key: tuple, cells: list[dict], 
         return bool(known) and isfinite(found["value"])
 
     def ends(record: dict) -> tuple[str | None, str | None]:
-        plain = not any((record["settings"].get("restoring") or {}).get(part) is not None for part in PARTS)
-        return record["id"] if plain else record["references"].get("vanilla"), record["references"].get("dense_pet")
+        others = record["references"]
+        own = is_vanilla(record["settings"].get("restoring"))
+        return record["id"] if own else others.get("vanilla"), others.get("dense_pet")
 
     whole = [r for r in cells if has(r["id"]) and all(map(has, ends(r)))]
     vanillas = [r for r in whole if ends(r)[0] == r["id"]]

@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> int:
 
 def show(found) -> None:
     """A table for each pair of cells, with a row for each metric."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    console = Console(width=max(400, console.width))  # a figure that is cut off says nothing
+    from ..table import uncut
+
+    console = uncut()
     everything = found.pairs + found.over_seeds
     for first, second in dict.fromkeys((pair.first, pair.second) for pair in everything):
         rows = [pair for pair in everything if (pair.first, pair.second) == (first, second)]

@@ -91,12 +91,12 @@ def notes(ladder) -> list[str]:
 
 
 def show(ladder) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    console = Console(width=max(400, console.width))  # a figure that is cut off says nothing
+    from ..table import uncut
+
+    console = uncut()
     print(title(ladder))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(HEADINGS):

@@ -9,7 +9,7 @@ from ..cells import cell_id
 from ..errors import InputError
 from ..folders import count, write_json
 from ..matrix import AXES
-from ..records import read_record
+from ..records import is_vanilla, read_record
 from . import files
 from .validate import one_run, read_info, validate
 
@@ -208,8 +208,7 @@ def references(record: dict[str, Any], matrix: dict[str, Any], ids: set[str]) ->
         return next((n for n, v in matrix[axis].items() if test(v)), otherwise)
 
     none = name("compression", lambda chain: not chain, "none")
-    parts = ("inherit", "recover", "distill", "control")
-    plain = name("restoring", lambda r: not any((r or {}).get(p) is not None for p in parts), "vanilla")
+    plain = name("restoring", is_vanilla, "vanilla")
     untuned = {"pet": name("pet", lambda pet: pet is None, "none"), "restoring": "none", "seed": matrix["seed"][0]}
     axes, settings = record["axes"], record["settings"]
     tuned, restoring = settings.get("pet") is not None, settings.get("restoring") or {}
