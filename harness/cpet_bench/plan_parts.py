@@ -66,7 +66,8 @@ def adalora_settings(cell: Cell) -> dict[str, Any]:
                 "AdaLoRA's ranks are dealt out until the last step, and early_stop may end before it: leave early_stop out, or "
                 "keep all ranks with a target_r as large as init_r"
             )
-    return {"allocates": shrinks, "penalty": True}
+    # 2: a training that left a layer no rank was one that failed
+    return {"allocates": shrinks, "penalty": True, "version": 2}
 
 
 def replaces_weights(pet: PetSettings) -> bool:
