@@ -212,6 +212,7 @@ def other_tokens(folder):
     (folder / "tokenizer.json").write_text(json.dumps(text))
 
 
+@pytest.mark.slow
 def test_a_larger_model_teaches_through_the_command_line(cli):
     other_tokens(cli.folder / "other")
     path = write(cli.folder)

@@ -5,6 +5,8 @@ import signal
 import threading
 import time
 
+import pytest
+
 from conftest import SMOKE, Cli
 from cpet_bench.store import Store
 
@@ -69,6 +71,7 @@ def test_two_runs_share_their_work_and_a_dead_one_loses_none(smoke, cli):
             assert record["metrics"] == smoke.records[key]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_store_that_is_no_local_folder(smoke, cli):
     """Through a file system of fsspec's that is none of the local kind (every read and write goes through it): one run
     makes all, a second one in another process finds all."""

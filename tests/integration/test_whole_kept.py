@@ -199,6 +199,7 @@ open(sys.argv[1], "w").write(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_run_and_what_others_make_of_it(cli, tmp_path):
     """Tuned, inherited beside recovery with distillation on pruned and 4-bit layers, probed; exported, loaded without us."""
     from conftest import SMOKE
