@@ -27,6 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
     "bitfit": {"where": "all"},
     "c3a": {"block_size": 16},
+    "cartridge": {"num_virtual_tokens": 4},
     "multitask_prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4},
     "prefix_tuning": {"num_virtual_tokens": 4},

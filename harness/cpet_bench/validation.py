@@ -116,7 +116,19 @@ class Reader:
                 raise self.error((*path, key), message, given=key, allowed=[*methods[method], "train"])
         if method in OWN:
             self.model(path, OWN[method], settings.fields)
+        if "init_text" in settings.fields:
+            self._start(path, settings.fields)
         return settings
+
+    def _start(self, path: Path_, fields: dict[str, Any]) -> None:
+        """A prefix that starts from a text: some text, and keys and values that are the weights themselves."""
+        text = fields["init_text"]
+        if not isinstance(text, str) or not text.strip():
+            message = "what the virtual tokens start from should be a text, such as the task's question"
+            raise self.error((*path, "init_text"), f"{message}, not {_shown(text)}", given=text)
+        if fields.get("prefix_projection"):
+            message = "a text gives keys and values, which are not the weights with prefix_projection: leave one of the two out"
+            raise self.error((*path, "prefix_projection"), message)
 
 
 def names_of(cls: type[BaseModel] | None) -> list[str]:

@@ -91,16 +91,20 @@ def test_blocks_that_are_left_take_their_own_part(arch, drop, pet, folders, tmp_
         assert json.loads((tmp_path / "cut/adapter_config.json").read_text())["target_modules"] == sorted(EVERY[arch])
 
 
-def test_prefixes_of_the_blocks_that_are_left(folders, pruned, tmp_path):
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "CartridgeConfig"])
+def test_prefixes_of_the_blocks_that_are_left(kind, folders, pruned, tmp_path):
     """As PEFT itself puts them in front of each block's keys and values."""
-    from peft import PeftModel, PrefixTuningConfig, get_peft_model
+    import peft
+    from peft import PeftModel, get_peft_model
 
     def answer_with(model):
         return model(input_ids=torch.arange(3, 51).view(4, 12)).logits
 
     with torch.no_grad():
-        full = get_peft_model(load_model(folders / "llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-        full.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+        settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        full = get_peft_model(load_model(folders / "llama"), settings)
+        own = full.prompt_encoder["default"]
+        own.load_prompt_embeddings(torch.randn(own.embedding.weight.shape, generator=torch.Generator().manual_seed(0)))
         full.save_pretrained(tmp_path / "d")
         kept = run_backend(Depth, folders / "llama", tmp_path / "c", drop=[0, 2])["kept_blocks"]
         cut(tmp_path / "c", tmp_path / "d", tmp_path / "cut")

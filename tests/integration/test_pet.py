@@ -122,7 +122,7 @@ def test_a_rank_counts_where_it_is_used(folders):
 
 
 def test_what_needs_more_than_virtual_tokens_is_unsupported_and_says_why(folders):
-    pet = PetSettings(method="cartridge", num_virtual_tokens=2)
+    pet = PetSettings(method="cpt", num_virtual_tokens=2)
     with pytest.raises(Unsupported, match="more than virtual tokens"):
         methods.attach(load_model(folders["llama"]), pet)
 

@@ -209,7 +209,8 @@ def test_loaded_in_another_process(folders, tuned):
 
 def test_a_run_with_virtual_tokens(cli):
     """Trained, inherited, distilled beside recovery, probed and scored, from the command line."""
-    pets = "".join(f"  {m}: {json.dumps({'method': m, **METHODS[m]})}\n" for m in ("prompt_tuning", "prefix_tuning"))
+    more = {"prompt_tuning": {}, "prefix_tuning": {"init_text": "was the film good"}}
+    pets = "".join(f"  {m}: {json.dumps({'method': m, **METHODS[m], **more[m]})}\n" for m in more)
     text = (
         f"name: prompts\npet:\n{pets}"
         "restoring: {cpet: {inherit: true, recover: {r: 4}, distill: true}}\n"

@@ -6,8 +6,12 @@ import random
 import pytest
 import torch
 
+from compressed import compress
+from cpet_bench.compression.bnb import BitsAndBytes
+from cpet_bench.errors import InputError, Unsupported
 from cpet_bench.evaluation import batching
 from cpet_bench.evaluation.forward import Scorer, can_branch
+from cpet_bench.matrix import load_matrix
 from cpet_bench.models.loading import load_model, load_tokenizer
 from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
@@ -18,10 +22,12 @@ METHODS = {
     "prompt_tuning": {},
     "p_tuning": {"encoder_hidden_size": 16},
     "prefix_tuning": {},
+    "cartridge": {},
     "multitask_prompt_tuning": {"num_tasks": 1, "num_ranks": 2},
 }
 CASES = [(arch, method) for arch in ("qwen2", "opt") for method in METHODS]
-CASES += [("llama", "multitask_prompt_tuning"), ("gpt2", "multitask_prompt_tuning"), ("t5", "prefix_tuning")]
+CASES += [("llama", "multitask_prompt_tuning"), ("gpt2", "multitask_prompt_tuning")]
+CASES += [("t5", "prefix_tuning"), ("t5", "cartridge")]
 V = 3
 
 
@@ -208,3 +214,92 @@ def test_a_text_may_be_the_start(folders, tmp_path):
     assert str(folder) not in (tmp_path / "a/adapter_config.json").read_text()
     methods.detach(model)
     methods.attach_saved(model, tmp_path / "a", trainable=True)
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "cartridge"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "opt"])
+def test_a_prefix_may_start_from_a_text(arch, method, folders, tmp_path):
+    """At the start, a document after the prefix is read as it is after the text itself, repeated to fill the prefix."""
+    folder = folders(arch)
+    model, words = load_model(folder), load_tokenizer(folder)("good film")["input_ids"]
+    document, count = [5, 9, 17, 30, 12], len(words) + 2
+    modules = dict(model.named_modules())
+    before = {n: m.training for n, m in modules.items()}
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([words + words[:2] + document])).logits[0, count:]
+        bare = model(input_ids=torch.tensor([document])).logits[0]
+    methods.attach(model, settings(method, num_virtual_tokens=count, init_text="good film"), seed=1)
+    assert [modules[n].training for n in before] == list(before.values())
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([document])).logits[0]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert (found - bare).abs().max() > 1e-2
+    methods.save(model, tmp_path / "a")
+    theirs = peft_logits(folder, tmp_path / "a", [document])[0]
+    torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_of_a_cartridge_stay_as_they_are(folders, tmp_path):
+    """Also where it is inherited, that is, trained on from what was saved."""
+    folder = folders("llama")
+    fields = {"num_virtual_tokens": 6, "num_frozen_tokens": 2, "init_text": "the film was good"}
+    model = methods.attach(load_model(folder), settings("cartridge", **fields))
+    quiet = {"progress": lambda *_: None, "should_stop": lambda: False}
+    pair = {"document": "a", "context_ids": [5, 6, 7, 8], "choice_ids": [[9], [10]], "gold": 1, "target_ids": [10]}
+    held = [model.cpet_prompt.weight.detach().clone()]
+    for turn in range(2):
+        s = TrainSettings(steps=3, batch=1, warmup=0, lr=1e-2)
+        facts = train(model, [pair], s, scratch=tmp_path / f"s{turn}", **quiet)
+        assert facts["trainable_parameters"] == 4 * held[0].shape[1]
+        held.append(model.cpet_prompt.weight.detach().clone())
+        methods.save(model, tmp_path / "a")
+        methods.detach(model)
+        methods.attach_saved(model, tmp_path / "a", trainable=True)
+    for earlier, later in zip(held, held[1:], strict=False):
+        assert torch.equal(later[:2], earlier[:2]) and (later[2:] - earlier[2:]).abs().max() > 1e-3
+
+
+def test_a_four_bit_model_is_read_and_trained_still(folders, tmp_path):
+    """bitsandbytes' layers lose their gradient on a processor once they were run for evaluation."""
+    compress(BitsAndBytes, folders("llama"), tmp_path / "nf4", type="nf4")
+    model = load_model(tmp_path / "nf4", dtype="float32")
+    methods.attach(model, settings("cartridge", init_text="the film was good"))
+    model(input_ids=torch.tensor([[5, 9, 17]])).logits.square().mean().backward()
+    assert model.cpet_prompt.trainable_embedding.grad.abs().max() > 0
+
+
+MATRIX = """
+model: {tiny: {source: "tiny:llama"}}
+pet:
+  some: {%s}
+task: {movie_reviews: {}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "says"),
+    [
+        ("method: prefix_tuning, num_virtual_tokens: 3, init_txt: good", "init_txt", "Did you mean init_text"),
+        ("method: prefix_tuning, num_virtual_tokens: 3, init_text: 7", "init_text", "should be a text.*not 7"),
+        ("method: cartridge, num_virtual_tokens: 3, init_text: ' '", "init_text", "should be a text.*not ' '"),
+        (
+            "method: prefix_tuning, num_virtual_tokens: 3, init_text: good, prefix_projection: true",
+            "prefix_projection",
+            "leave one of the two out",
+        ),
+        ("method: prompt_tuning, num_virtual_tokens: 3, init_text: good", "init_text", "prompt_tuning has no field"),
+    ],
+)
+def test_the_matrix_refuses_a_start_that_is_none(tmp_path, fields, key, says):
+    path = tmp_path / "m.yaml"
+    path.write_text(MATRIX % fields)
+    with pytest.raises(InputError, match=says) as caught:
+        load_matrix(path)
+    assert caught.value.key == f"pet.some.{key}" and caught.value.line == 4
+
+
+def test_a_text_and_a_model_that_reads_none(folders):
+    model = load_model(folders("t5"))
+    with pytest.raises(Unsupported, match="in decoder-only models alone"):
+        methods.attach(model, settings("prefix_tuning", init_text="good"))
+    assert not hasattr(model, "cpet_prompt")

@@ -6,7 +6,7 @@ from functools import cache
 
 from ..devices import kept_index
 from ..keys import version
-from .own import OWN
+from .own import BESIDE, OWN
 
 _SCRIPT = """
 import dataclasses, json
@@ -23,4 +23,5 @@ def peft_methods() -> dict[str, list[str]]:
 
 def pet_methods() -> dict[str, list[str]]:
     """PEFT's methods and our own, with the names of their fields."""
-    return peft_methods() | {name: sorted(cls.model_fields) for name, cls in OWN.items()}
+    found = {name: sorted([*fields, *BESIDE.get(name, ())]) for name, fields in peft_methods().items()}
+    return found | {name: sorted(cls.model_fields) for name, cls in OWN.items()}

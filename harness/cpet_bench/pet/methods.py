@@ -48,7 +48,8 @@ def attach(model: nn.Module, pet: PetSettings, *, targets: dict[str, int] | None
     _check_targets(model, config)
     if targets is None:  # the ranks of a control follow from its size
         check_ranks(model, config)
-    _inject(model, config, "default", seed)
+    text = pet.fields.get("init_text") if config.is_prompt_learning else None
+    _inject(model, config, "default", seed, text)
     return model
 
 
@@ -81,7 +82,7 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
         prompts.prepare(model, config)
     _inject(model, config, name, 0)
     if config.is_prompt_learning:
-        model.cpet_prompt.requires_grad_(trainable)
+        prompts.set_trainable(model, trainable)
     getattr(model, _KEPT)["saved"] = True
     wrapper = getattr(model, _KEPT)["wrapper"]
     if config.peft_type.value == "ADALORA" and config.rank_pattern:  # else PEFT does it, by way of the model's state_dict
@@ -212,10 +213,11 @@ def _config(model: nn.Module, pet: PetSettings, targets: dict[str, int] | None):
             method, given = PeftType.LORA.value.lower(), {"r": 16, "lora_alpha": 16}
         given = {**given, **_per_layer(given, targets)}
     cls = known[method]
-    allowed = {f.name for f in fields(cls)}
+    allowed, ours = {f.name for f in fields(cls)}, own.BESIDE.get(method, ())
     for key in given:
-        if key not in allowed:
-            raise InputError(f"{cls.__name__} has no field {key!r}.", key=f"pet.{key}", given=key, allowed=allowed)
+        if key not in allowed and key not in ours:
+            raise InputError(f"{cls.__name__} has no field {key!r}.", key=f"pet.{key}", given=key, allowed=[*allowed, *ours])
+    given = {key: value for key, value in given.items() if key not in ours}
     if "task_type" not in given:
         given = {**given, "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"}
     if "fan_in_fan_out" in allowed and "fan_in_fan_out" not in given:
@@ -274,7 +276,7 @@ def _check_targets(model: nn.Module, config) -> None:
         )
 
 
-def _inject(model: nn.Module, config, name: str, seed: int) -> None:
+def _inject(model: nn.Module, config, name: str, seed: int, text: str | None = None) -> None:
     from peft import get_peft_model
 
     kept = model.__dict__.get(_KEPT)
@@ -296,7 +298,7 @@ def _inject(model: nn.Module, config, name: str, seed: int) -> None:
             if fresh:
                 kept["wrapper"] = get_peft_model(model, config, adapter_name=name)
                 if config.is_prompt_learning:
-                    prompts.install(model, kept["wrapper"], name)
+                    prompts.install(model, kept["wrapper"], name, text)
             elif config.is_prompt_learning:
                 raise ValueError("a model takes the virtual tokens of one module at a time")
             else:

@@ -48,6 +48,9 @@ class BitfitSettings(Settings):
     where: Literal["existing", "all"] = "existing"
 
 
+# Fields of ours beside PEFT's own, by method: PEFT has this start as a function to be called (initialize_kv_prefix_from_text).
+BESIDE = {"prefix_tuning": ("init_text",), "cartridge": ("init_text",)}
+
 OWN: dict[str, type[Settings]] = {"nola": NolaSettings, "full": FullSettings, "bitfit": BitfitSettings}
 
 # By the module of this package that puts a method on a model, keeps it, merges it and takes it off (functions of the same

@@ -3,7 +3,8 @@
 PEFT puts the virtual tokens into its wrapper's forward. Training and scoring run the blocks of the bare model, so here it is
 the model's trunk that gets them: whoever runs it gives and gets the documents' own tokens, positions and masks, and the
 virtual tokens stand in front of them (arXiv 2104.08691, 2103.10385, 2303.02861) or in the keys and values (arXiv
-2101.00190). A cache that holds tokens has the virtual ones among them already. Prompts and their encoders stay PEFT's.
+2101.00190; a cartridge, 2506.06266, is such a prefix with its first token frozen). A cache that holds tokens has the virtual
+ones among them already. Prompts and their encoders stay PEFT's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..errors import InputError, Unsupported
 from ..models.arch import block_linears, body, features
 
 _KEPT = "_cpet_prompts"  # attribute of the model: the trunks whose forward was replaced
-PREFIX = ("PREFIX_TUNING",)
+PREFIX = ("PREFIX_TUNING", "CARTRIDGE")
 MULTITASK = ("MULTITASK_PROMPT_TUNING",)
 IN_FRONT = ("PROMPT_TUNING", "P_TUNING", *MULTITASK)
 
@@ -49,15 +50,23 @@ def prepare(model: nn.Module, config) -> None:
         config.num_transformer_submodules = 1  # PEFT runs the encoder's virtual tokens alone, and would save twice as many
 
 
-def install(model: nn.Module, wrapper: nn.Module, name: str) -> None:
-    """Make the trunk (the encoder of an encoder-decoder model) run with the virtual tokens of PEFT's `wrapper`."""
+def install(model: nn.Module, wrapper: nn.Module, name: str, text: str | None = None) -> None:
+    """Make the trunk (the encoder of an encoder-decoder model) run with the virtual tokens of PEFT's `wrapper`.
+
+    text: what the keys and values of a prefix start from; see `text_start.start`.
+    """
+    from .text_start import start
+
     if hasattr(model, "cpet_prompt"):
         raise Unsupported("a model takes the virtual tokens of one module at a time")
     config = wrapper.peft_config[name]
     if config.peft_type.value in PREFIX:
         _check_prefix(model, config)
+    if text is not None:
+        start(model, wrapper, name, text)
     model.cpet_prompt = wrapper.prompt_encoder[name]
-    replaced = model.__dict__[_KEPT] = {"count": config.num_virtual_tokens, "trunks": []}
+    before = config.peft_type.value in IN_FRONT
+    replaced = model.__dict__[_KEPT] = {"count": config.num_virtual_tokens, "in_front": before, "trunks": []}
     if not model.config.is_encoder_decoder:
         trunk = body(model)
         run = _with_prefix if config.peft_type.value in PREFIX else _with_prompt
@@ -86,6 +95,12 @@ def detach(model: nn.Module) -> None:
     del model.cpet_prompt
 
 
+def set_trainable(model: nn.Module, trainable: bool) -> None:
+    """Whether what PEFT would train of the virtual tokens gets gradients; the first ones of a cartridge never do."""
+    for name, p in model.cpet_prompt.named_parameters():
+        p.requires_grad_(trainable and name != "frozen_embedding")
+
+
 def virtual_tokens(model: nn.Module) -> int:
     """How many positions virtual tokens take in front of every sequence."""
     return model.__dict__.get(_KEPT, {}).get("count", 0)
@@ -94,7 +109,7 @@ def virtual_tokens(model: nn.Module) -> int:
 def in_front(model: nn.Module) -> dict[str, int]:
     """Virtual tokens that run through the blocks of each part of the model with every row; a prefix's do not."""
     found = {"decoder": 0, "encoder": 0}
-    if virtual_tokens(model) and type(model.cpet_prompt).__name__ != "PrefixEncoder":
+    if model.__dict__.get(_KEPT, {}).get("in_front"):
         found["encoder" if model.config.is_encoder_decoder else "decoder"] = virtual_tokens(model)
     return found
 

@@ -107,7 +107,7 @@ def cut_adapter(folder: Path, model: nn.Module, cuts: Cuts, out: Path, dense: Pa
             value = _cut(tensor, cuts.layers[layer], _dims(tensor, rest), f"{config.get('peft_type')}: {name}")
             if rest in MAGNITUDE and cuts.layers[layer].inputs is not None:
                 value = value * _norm_left(given, key, config, cuts.layers[layer], weights)
-        elif name == "prompt_embeddings" and config.get("peft_type") == "PREFIX_TUNING":
+        elif name == "prompt_embeddings" and config.get("peft_type") in ("PREFIX_TUNING", "CARTRIDGE"):
             value, more = _cut_prefix(tensor, config, cuts)
             config |= more
         counts["cut"] += value.shape != tensor.shape
