@@ -19,6 +19,7 @@ from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
 from .models.sources import adapter_identity
 from .pet.own import plain_name
+from .pet.rewriting import as_saved, rewrites
 from .plan_parts import adalora_settings, content_of, control_settings, order_settings, replaces_weights
 from .plan_select import choose
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
@@ -206,6 +207,8 @@ class Planner:
             settings["adalora"] = self._placed(lambda: adalora_settings(cell), "pet", cell.axes["pet"], "total_step")
         if replaces_weights(cell.pet):
             settings["masters"] = "float32"
+        if rewrites(cell.pet.fields):
+            settings["kept_as"] = "lora"  # earlier versions kept factors that meant nothing without their start
         return fixed(settings)
 
     @once(*AXES)
@@ -327,7 +330,7 @@ class Planner:
         settings = {
             "probes": cell.probes,
             "structure": structure,
-            "pet": {"method": cell.pet.method, **cell.pet.fields} if cell.pet else None,
+            "pet": {"method": cell.pet.method, **as_saved(cell.pet.fields)} if cell.pet else None,
             "machine": {k: self.machine[k] for k in ("device", "name", "dtype", "attention", "tf32", "threads")},
         }
         if cell.restoring and cell.restoring.recover:

@@ -17,11 +17,10 @@ from torch import nn
 from ..errors import InputError, StepFailed, Unsupported
 from ..models.arch import block_linears
 from ..settings import PetSettings
-from . import own, prompts
+from . import own, prompts, rewriting
 from .own import OWN, plain_name
 
 _KEPT = "_cpet_pet"  # attribute of the model that holds PEFT's wrapper and what was there before
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base weights
 
 
 def attach(model: nn.Module, pet: PetSettings, *, targets: dict[str, int] | None = None, seed: int = 0) -> nn.Module:
@@ -76,6 +75,11 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     if not weights.is_file() or not Path(folder, "adapter_config.json").is_file():
         raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json and adapter_model.safetensors).")
     config = PeftConfig.from_pretrained(str(folder))
+    if rewriting.rewrites(vars(config)):
+        raise StepFailed(
+            f"The adapter in {folder} is {config.init_lora_weights} without what it started from, which its weights are no use "
+            "without: save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+        )
     # What is saved of virtual tokens is what their encoder gave; from then on they are trained themselves.
     config.inference_mode = not trainable or config.is_prompt_learning
     if config.is_prompt_learning:
@@ -139,7 +143,10 @@ def differences(given: dict[str, tuple], expected: dict[str, tuple], shown: int 
 
 
 def save(model: nn.Module, folder: Path, name: str = "default") -> None:
-    """Write the PET module in PEFT's own format (or in ours, `pet.own`); the same weights and settings give the same bytes."""
+    """Write the PET module in PEFT's own format (or in ours, `pet.own`); the same weights and settings give the same bytes.
+
+    What started from a part of the base weights (PiSSA and others) is written as plain LoRA of twice the rank, see `rewriting`.
+    """
     from safetensors.torch import save_file
 
     for ours in own.put_on(model):
@@ -147,10 +154,12 @@ def save(model: nn.Module, folder: Path, name: str = "default") -> None:
     wrapper = getattr(model, _KEPT)["wrapper"]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = _state(wrapper, name)
+    state, start = _state(wrapper, name), getattr(model, _KEPT).get("start")
+    settings = prompts.portable(_plain(wrapper.peft_config[name].to_dict()))
+    if start:
+        state, settings = rewriting.difference(state, start), rewriting.as_saved(settings)
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = prompts.portable(_plain(wrapper.peft_config[name].to_dict()))
     # The base's folder on this machine means nothing elsewhere, and would make equal adapters differ.
     settings |= {"inference_mode": True, "base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -276,6 +285,11 @@ def _check_targets(model: nn.Module, config) -> None:
         )
 
 
+def _is_packed(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "PackedLinear" or weight is None or not weight.is_floating_point()
+
+
 def _inject(model: nn.Module, config, name: str, seed: int, text: str | None = None) -> None:
     from peft import get_peft_model
 
@@ -284,9 +298,16 @@ def _inject(model: nn.Module, config, name: str, seed: int, text: str | None = N
     fresh = kept is None
     if fresh:
         init = getattr(config, "init_lora_weights", None)
-        rewrites = isinstance(init, str) and init.lower().startswith(REWRITES_BASE)
-        if rewrites and any(type(m).__name__ == "PackedLinear" for m in model.modules()):  # PEFT would not notice
+        rewrites = rewriting.rewrites(vars(config))
+        if init == "loftq":
+            raise Unsupported(
+                "LoftQ quantises the base weights itself, which is what `compression:` is for here: choose nf4 there, and "
+                "recovery that starts from its error (`recover: {init: svd}`, which is LoftQ's first step)"
+            )
+        if rewrites and any(map(_is_packed, block_linears(model).values())):  # PEFT would not always notice
             raise Unsupported(f"the initialisation {init} changes the base weights, which are packed integers here")
+        if rewrites and init.lower() == "olora" and getattr(config, "fan_in_fan_out", False):
+            raise Unsupported("PEFT's olora does not know layers that keep their weight as inputs x outputs (Conv1D)")
         kept = {
             "children": [(module, dict(module._modules)) for module in model.modules()],
             "grad": [(p, p.requires_grad) for p in model.parameters()],
@@ -297,6 +318,8 @@ def _inject(model: nn.Module, config, name: str, seed: int, text: str | None = N
             torch.manual_seed(seed)
             if fresh:
                 kept["wrapper"] = get_peft_model(model, config, adapter_name=name)
+                if rewrites:
+                    kept["start"] = {k: v.detach().clone() for k, v in _state(kept["wrapper"], name).items() if "lora_" in k}
                 if config.is_prompt_learning:
                     prompts.install(model, kept["wrapper"], name, text)
             elif config.is_prompt_learning:

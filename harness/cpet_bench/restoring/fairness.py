@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import StepFailed, Unsupported
-from ..pet.methods import REWRITES_BASE
+from ..pet.rewriting import rewrites
 
 TOLERANCE = 0.01
 
@@ -142,12 +142,11 @@ _MORE_THAN_LORA = (
 
 def _layers(config: dict, tensors: dict) -> dict[str, tuple]:
     """(A, B) by layer of a plain LoRA; Unsupported for anything else."""
-    init = config.get("init_lora_weights")
     odd = [k for k in _MORE_THAN_LORA if config.get(k)]
     if config.get("bias", "none") != "none":
         odd.append("bias")
-    if isinstance(init, str) and init.lower().startswith(REWRITES_BASE):
-        odd.append(f"init_lora_weights {init}, which changes the base by the rank")
+    if rewrites(config):
+        odd.append(f"init_lora_weights {config['init_lora_weights']}, which changes the base by the rank")
     if config.get("peft_type") != "LORA":
         odd = [str(config.get("peft_type"))]
     if odd:
