@@ -18,6 +18,7 @@ from .evaluation.tasks import portable, task_spec
 from .keys import Fixed, fixed, plain
 from .matrix import AXES, Matrix
 from .models.sources import adapter_identity
+from .pet.given import check_local
 from .pet.own import plain_name
 from .pet.rewriting import as_saved, rewrites
 from .plan_parts import adalora_settings, content_of, control_settings, order_settings, replaces_weights
@@ -195,6 +196,7 @@ class Planner:
         if restoring.inherit and restoring.inherit.from_:
             place = ("restoring", cell.axes["restoring"], "inherit", "from")
             settings["inherit"] = self._placed(lambda: adapter_identity(restoring.inherit.from_, self.base), *place)
+            self._placed(lambda: check_local(restoring.inherit.from_, self.base, cell.pet), *place)
         if restoring.recover:
             settings["recover"] = {"r": restoring.recover.r, "scale": restoring.recover.scale, "act": restoring.recover.act}
         if restoring.distill:
@@ -363,6 +365,8 @@ class Planner:
             roles["tune"] = self._tune(cell)
             if cell.restoring.inherit or (cell.restoring.distill and not cell.teacher):
                 roles["dense_tune"] = self._tune(cell.dense)
+            if cell.teacher:
+                roles["teacher_tune"] = self._tune(cell.teacher)
         requests, shared, where = self.requests(cell)
         work, name = cell.task.limit or 1000, self.name(cell)
         needs = {"model": roles.get("compress", roles["model"]), "requests": requests}

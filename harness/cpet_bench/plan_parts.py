@@ -10,6 +10,8 @@ from .errors import InputError
 from .pet.own import plain_name
 from .settings import PetSettings, TrainSettings
 
+BESIDE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")  # what LoRA trains beside its factors
+
 
 def control_settings(cell: Cell) -> dict[str, Any]:
     """What a control is matched to: the parts of cell `of` that have parameters, and D's steps where they are added."""
@@ -22,6 +24,11 @@ def control_settings(cell: Cell) -> dict[str, Any]:
     }
     if cell.restoring.control == "longer":
         found["extra_steps"] = cell.dense.train.steps
+    # Earlier versions left out what is trained beside LoRA's factors, and extended D by the same rows at every seed.
+    if cell.restoring.control == "wider":
+        found |= {"rows": "by seed"} if cell.seed else {}
+    elif any(cell.pet.fields.get(key) for key in BESIDE) or cell.pet.fields.get("bias", "none") != "none":
+        found["counts"] = "all"
     return found
 
 

@@ -84,6 +84,9 @@ def _train(cell: Cell) -> dict[str, Any] | None:
     return found
 
 
+SPENT = ("steps", "tokens", "flops", "seconds", "trainable_parameters")  # on D
+
+
 class Recorder:
     """Builds the records of one run and writes them, with their outcomes beside them."""
 
@@ -178,11 +181,15 @@ class Recorder:
         if "tune" not in found:
             return None
         facts = dict(found["tune"].facts)
-        inherited = facts.get("inherited")
+        inherited, distill = facts.get("inherited"), cell.restoring.distill
         if cell.restoring.inherit and inherited:
             facts["inherited"] = {"id": cell.dense.id, **inherited}
         else:
             facts["inherited"] = None
+        if distill and not cell.teacher:  # what was spent on the teacher's D, also where the cell starts from something else
+            facts["taught_by"] = {"id": cell.dense.id, **{k: found["dense_tune"].facts.get(k) for k in SPENT}}
+        elif distill:
+            facts["taught_by"] = {"id": cell.teacher.id, **{k: found["teacher_tune"].facts.get(k) for k in SPENT}}
         facts["peak_memory"] = self._trained(cell).costs["peak_memory"]
         return facts
 

@@ -54,6 +54,12 @@ class Entry:
             part = (part or {}).get(name)
         return part
 
+    def restoring(self, *path: str) -> Any:
+        part = self.record["settings"].get("restoring")
+        for name in path:
+            part = (part or {}).get(name)
+        return part
+
     def gap(self) -> float | None:
         """Primary metric minus that of D, the dense model with the same PET, task and seed."""
         name = self.record.get("primary")
@@ -105,7 +111,12 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
         return e.training("trainable_parameters")
 
     def inherited(e: Entry) -> int | None:
-        return e.training("inherited", "steps") if e.done and e.record.get("training") else None
+        if not e.done or not e.record.get("training"):
+            return None
+        spent = e.training("inherited", "steps") or e.training("taught_by", "steps")
+        if spent is None and isinstance(e.restoring("distill", "teacher"), str):  # records that do not say it themselves
+            return ((e.dense_pet or {}).get("training") or {}).get("steps")
+        return spent
 
     def compressing(e: Entry) -> float | None:
         return (e.record.get("compression") or {}).get("seconds")
@@ -118,7 +129,7 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
 
     note = f"95 % interval, {better} is better" if better else "95 % interval"
     to_d = "this cell's value minus that of D, the dense model with the same PET, task and seed"
-    from_d = "steps spent on D, which this cell started from"
+    from_d = "steps spent on D, which this cell started from or was taught by"
     return [
         Column("primary", primary or "metric", "Quality", of_primary, metric, better, unit=note, optional=False),
         Column("auroc", "AUROC", "Quality", lambda e: value(e.sibling("auroc")), metric, "higher"),

@@ -224,6 +224,7 @@ def test_a_larger_model_teaches_through_the_command_line(cli):
     assert training["projection_parameters"] == 32 * 48 and training["by_part"] == {"lora": training["trainable_parameters"]}
     assert training["losses"][-1]["distill"] < training["losses"][0]["distill"]
     assert "dense_tune" not in found["taught"]["provenance"]["keys"]  # a D of its own is not needed
+    assert training["taught_by"]["id"].split("--")[0] != "tiny" and training["taught_by"]["steps"] > 0
     wrong = found["mistaught"]
     assert wrong["status"] == "failed" and wrong["reason"]["type"] == "StepFailed"
     assert "the tokenizers of tiny and of its teacher other differ" in wrong["reason"]["message"]

@@ -51,11 +51,13 @@ def test_records_hold_what_was_measured(smoke):
 
 
 def test_the_controls_are_as_large_as_what_they_control(smoke):
+    d = smoke.records[TUNED.format("none", "vanilla")]["training"]
     for compression in ("nf4", "wanda24"):
         cpet, matched = (smoke.records[TUNED.format(compression, r)]["training"] for r in ("cpet", "matched"))
         ratio = matched["trainable_parameters"] / cpet["trainable_parameters"]
         assert ratio == pytest.approx(1, abs=0.01)
         assert cpet["by_part"]["recovery"] > 0 and cpet["inherited"]["steps"] == 12
+        assert cpet["taught_by"] == cpet["inherited"] and cpet["taught_by"]["trainable_parameters"] == d["trainable_parameters"]
         assert smoke.records[TUNED.format(compression, "matched")]["references"]["control_of"].split("--")[3] == "cpet"
 
 

@@ -18,6 +18,7 @@ from cpet_bench.models.loading import load_model
 from cpet_bench.pet import methods
 from cpet_bench.restoring.fairness import matched_ranks, trainable_count, wider
 from cpet_bench.settings import PetSettings
+from cpet_bench.steps.tuning import control_ranks, target_parameters
 
 # in, out of a 135 M Llama's linear layers (30 blocks; q, k, v, o, gate, up, down)
 WIDTHS = {"q": 576, "k": 192, "v": 192, "o": 576, "g": 1536, "u": 1536}
@@ -212,3 +213,42 @@ def test_matched_ranks_become_a_lora_of_that_size(folders):
     scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")}
     ranks = {m.r["default"] for m in model.modules() if hasattr(m, "lora_A")}
     assert scales == {2.0} and ranks == {5, 6}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True, "modules_to_save": ["lm_head"], "use_rslora": True},
+    ],
+)
+def test_what_a_variant_trains_beside_its_factors_counts(more, folders):
+    """DoRA's magnitudes and the like: the control of a cell trains as many parameters as the cell, with them."""
+    model = load_model(folders / "llama")
+    pet = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], **more}
+    control = {"control": "matched", "pet": pet, "recover": {"r": 6}}
+    wanted = target_parameters(model, control)
+    methods.attach(model, PetSettings(**pet), targets=control_ranks(model, PetSettings(**pet), control), seed=0)
+    assert abs(trainable_count(model) - wanted) <= 0.01 * wanted
+
+
+def test_a_control_without_room_for_ranks_says_so(folders):
+    model = load_model(folders / "llama")
+    pet = PetSettings(method="lora", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    control = {"control": "matched", "pet": {"method": "lora", "r": 2, "target_modules": ["q_proj"]}, "recover": {"r": 6}}
+    with pytest.raises(StepFailed, match="train 31680 parameters beside LoRA's factors, which leaves none"):
+        control_ranks(model, pet, control)
+    assert not hasattr(model, "_cpet_pet")
+
+
+def test_d_is_widened_by_other_rows_at_another_seed(folders, tmp_path):
+    trained(folders / "llama", tmp_path / "d", r=4, target_modules=["q_proj"])
+    found = []
+    for name, seed in (("a", 0), ("b", 1), ("c", 1)):
+        wider(tmp_path / "d", 4000, tmp_path / name, seed=seed)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        found.append(torch.cat([t[4:].flatten() for n, t in sorted(tensors.items()) if "lora_A" in n]))
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])

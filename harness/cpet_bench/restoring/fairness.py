@@ -38,11 +38,12 @@ def matched_ranks(shapes: dict[str, tuple[int, int]], target: int) -> dict[str, 
     if whole > (1 + TOLERANCE) * target:
         raise StepFailed(f"rank 1 on {len(shapes)} layers trains {whole} parameters, more than the {target} to be matched")
     ranks = {name: max(1, more) for name, more in _spread(costs, target).items()}
-    _near(sum(r * costs[name] for name, r in ranks.items()), target, len(shapes))
+    near(sum(r * costs[name] for name, r in ranks.items()), target, len(shapes))
     return ranks
 
 
-def _near(total: int, target: int, layers: int) -> None:
+def near(total: int, target: int, layers: int) -> None:
+    """StepFailed where `total` parameters on so many layers are not within 1 % of `target`."""
     if abs(total - target) > TOLERANCE * target:
         raise StepFailed(f"ranks on {layers} layers that differ by one train {total} parameters at the nearest, not {target}")
 
@@ -101,7 +102,7 @@ def wider(folder: Path, target: int, out: Path, seed: int = 0) -> None:
         raise StepFailed(f"the inherited adapter has {held} parameters, more than the {target} to be matched")
     more = _spread(costs, max(0, target - held))
     ranks = {name: a.shape[0] + more[name] for name, (a, _) in layers.items()}
-    _near(sum(r * costs[name] for name, r in ranks.items()), target, len(ranks))
+    near(sum(r * costs[name] for name, r in ranks.items()), target, len(ranks))
     generator = torch.Generator().manual_seed(seed)
     power = 0.5 if config.get("use_rslora") else 1.0
     pattern = config.get("alpha_pattern") or {}

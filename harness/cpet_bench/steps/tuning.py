@@ -35,12 +35,31 @@ def attach_parts(model, pet: dict | None, recovery: RecoverSettings | None, cont
 
 
 def control_ranks(model, pet: PetSettings, control: dict) -> dict[str, int]:
-    """LoRA ranks on the layers recovery sits on, with as many trainable parameters as the cell `of` has (within 1 %)."""
+    """LoRA ranks on the layers recovery sits on, with as many trainable parameters as the cell `of` has (within 1 %).
+
+    What the fields of `pet` train beside LoRA's factors (DoRA's magnitudes, biases, `modules_to_save`) counts with them.
+    """
     from ..models.arch import block_linears, features
-    from ..restoring.fairness import matched_ranks
+    from ..pet import methods
+    from ..restoring.fairness import matched_ranks, near, trainable_count
 
     shapes = {name: features(module) for name, module in block_linears(model).items()}
-    return matched_ranks(shapes, target_parameters(model, control))
+    target = target_parameters(model, control)
+    ranks, beside = matched_ranks(shapes, target), 0
+    for _ in range(2):  # what stands beside may grow with the ranks
+        count = trainable_count(methods.attach(model, pet, targets=ranks, seed=0))
+        methods.detach(model)
+        more = count - sum(r * sum(shapes[name]) for name, r in ranks.items())
+        if more == beside:
+            break
+        beside = more
+        if beside >= target:
+            raise StepFailed(
+                f"the fields of `pet` make it train {beside} parameters beside LoRA's factors, which leaves none of {target}"
+            )
+        ranks = matched_ranks(shapes, target - beside)
+    near(beside + sum(r * sum(shapes[name]) for name, r in ranks.items()), target, len(shapes))
+    return ranks
 
 
 def target_parameters(model, control: dict) -> int:
@@ -101,6 +120,7 @@ def _start(ctx: Context, model) -> tuple[Path | None, dict]:
 
     And facts, where it was cut: `inherited_cut` (see `inheriting.cut_adapter`).
     """
+    from ..pet.given import check_given
     from ..restoring.fairness import wider
 
     if "inherit" in ctx.inputs:
@@ -110,13 +130,15 @@ def _start(ctx: Context, model) -> tuple[Path | None, dict]:
     else:
         return None, {}
     with _inheriting(ctx):
+        if "inherit" in ctx.settings:
+            check_given(folder, PetSettings(**ctx.settings["pet"]), model)
         folder, cut = _cut(ctx, model, folder, own="inherit" not in ctx.inputs)
     facts = {"inherited_cut": cut} if cut else {}
     control = ctx.settings.get("control")
     if control and control["control"] == "wider":
         extended = ctx.scratch / "wider"
         shutil.rmtree(extended, ignore_errors=True)
-        wider(folder, target_parameters(model, control), extended)
+        wider(folder, target_parameters(model, control), extended, seed=ctx.settings["seed"])
         return extended, facts
     return folder, facts
 
@@ -217,7 +239,7 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     facts["losses"] = loss_curves.thinned(losses, 200)
     if "inherit" in ctx.facts:
         source = ctx.facts["inherit"]
-        facts["inherited"] = {k: source.get(k) for k in ("steps", "tokens", "flops", "seconds")}
+        facts["inherited"] = {k: source.get(k) for k in ("steps", "tokens", "flops", "seconds", "trainable_parameters")}
     if selection:
         facts["selection"] = selection
     return facts
