@@ -338,7 +338,7 @@ class Planner:
         if cell.restoring and cell.restoring.recover:
             settings["recover"] = {"r": cell.restoring.recover.r, "act": cell.restoring.recover.act}
         if cell.restoring and cell.restoring.control:
-            settings["control"] = {k: v for k, v in control_settings(cell).items() if k != "extra_steps"}
+            settings["control"] = {k: v for k, v in control_settings(cell).items() if k not in ("extra_steps", "rows")}
         return fixed(settings), tuple(packages)
 
     @once("model", "compression", "pet", "restoring", "task")
