@@ -130,6 +130,8 @@ def test_shares_of_the_gap_are_ratios_of_means(tmp_path, capsys):
         assert row.share.low < row.share.value < row.share.high and row.seeds == [0, 1, 2]
         assert (row.trained, row.steps, row.flops, row.seconds) == (4_880_000, 40, 2e12, 9.0)
         assert row.dense_flops == (2e12 if name == "cpet" else None)
+        assert row.per_million == pytest.approx(100 * row.share.value / 4.88)
+        assert row.per_tflop == pytest.approx(100 * row.share.value / (4 if name == "cpet" else 2))
     assert by["cpet"].share.low > by["matched"].share.value
     assert main(["gap", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["gap"]["value"] == pytest.approx(high - low)

@@ -20,7 +20,9 @@ class Row:
     """One way of tuning: its metric (a mean over seeds), what that is worth, and what it trained.
 
     above: minus vanilla, signed so that more is better. share: of the gap, where there is one. trained, flops and seconds: a
-    mean over seeds, of the cell alone. dense_flops: those of the D that it starts from or is taught by.
+    mean over seeds, of the cell alone. dense_flops: those of the D that it starts from or is taught by. per_million and
+    per_tflop: the share, in percent, divided by millions of trained parameters and by 10^12 operations of training, D's
+    included; None where nothing was trained or there is no share.
     """
 
     pet: str
@@ -34,6 +36,8 @@ class Row:
     flops: float = 0.0
     seconds: float = 0.0
     dense_flops: float | None = None
+    per_million: float | None = None
+    per_tflop: float | None = None
     lr: list[float] = field(default_factory=list)
     note: str = ""
 
@@ -186,6 +190,9 @@ def _row(run: Path, records: dict[str, dict], group: list[dict], ends, name: str
             d = difference(own[0], low[0], name, entry, 0.0, 0.95)
             row.above = Estimate(d.value, d.low, d.high, d.n, d.p)
         row.share, _ = share_of_gap(own, low, high, name, entry)
+        if row.share and row.trained:
+            row.per_million = 100 * row.share.value / (row.trained / 1e6)
+            row.per_tflop = 100 * row.share.value / ((row.flops + (row.dense_flops or 0)) / 1e12)
     except Incomparable as error:
         row.note = str(error)
     return row

@@ -18,7 +18,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--markdown", action="store_true", help="as Markdown tables")
     parser.epilog = (
         "The gap is what D (the same PET on the dense model) is better than vanilla (the same PET on the compressed model, "
-        "from random weights). Intervals are of 95 %, over documents, and over seeds where there are several."
+        "from random weights). Intervals are of 95 %, over documents, and over seeds where there are several. The last two "
+        "columns are the share for each million of trained parameters, and for each 10^12 operations of training, D's too."
     )
 
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 HEADINGS = ("restoring", "seeds", "value (95 %)", "above vanilla", "p", "of the gap, %")
-HEADINGS += ("trained", "rate", "TFLOP", "D's TFLOP")
+HEADINGS += ("trained", "rate", "TFLOP", "D's TFLOP", "%/million", "%/TFLOP")
 
 
 def lines(ladder) -> list[tuple[str, ...]]:
@@ -68,6 +69,7 @@ def _line(name: str, row) -> tuple[str, ...]:
         " ".join(f"{lr:g}" for lr in row.lr) or "–",
         f"{row.flops / 1e12:.3g}" if row.flops else "–",
         f"{row.dense_flops / 1e12:.3g}" if row.dense_flops else "–",
+        *("–" if x is None else f"{x:.1f}" for x in (row.per_million, row.per_tflop)),
     )
 
 
