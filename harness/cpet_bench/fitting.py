@@ -1,4 +1,4 @@
-"""Compressions that a model's layers cannot take, told from the files' headers before anything is run."""
+"""Compressions, PET methods and recoveries that a model's layers cannot take, told from its files before anything is run."""
 
 from __future__ import annotations
 
@@ -7,40 +7,80 @@ from typing import TYPE_CHECKING
 
 from . import registry
 from .errors import InputError, Unsupported
+from .pet import rank_limits
+from .restoring.teachers import other_tokens, vocabulary
 
 if TYPE_CHECKING:
     from .cells import Cell
     from .prepared import Prepared
+    from .steps import Step
 
 SAME_SHAPES = ("magnitude", "wanda", "sparsegpt", "depth")  # after these the layers have the shapes they had
+# What comes of a layer that cannot take it: `fits` of a backend says what it does not do, a rank too high is a mistake.
+WHAT = {"compression": ("compressed", "be unsupported"), "pet": ("tuned", "fail"), "restoring": ("restored", "fail")}
+Unfit = dict[tuple[str, str, str], str]  # (model, axis, name on that axis) → why
 
 
-def unfit(ready: Prepared) -> dict[tuple[str, str], str]:
-    """Why a model cannot be compressed so, by (model, compression), of what has to be run and can be told.
+def unfit(ready: Prepared) -> Unfit:
+    """Why a model cannot be compressed, tuned or restored so, of what has to be run and can be told.
 
-    A model that is still to be fetched shows its shapes then: its cells are `unsupported` once it is there.
+    A model that is still to be fetched shows its shapes then: what is wrong with its cells is said once it is there.
 
-    Raises: InputError: no model of the matrix that goes with a compression can take it; with its place in the file.
+    Raises: InputError: no model of the matrix that goes with a compression (or PET method, or recovery) can take it; with its
+        place in the file.
     """
-    found: dict[tuple[str, str], str] = {}
-    models: dict[str, set[str]] = defaultdict(set)
+    found: dict[tuple[str, str, str], Exception] = {}
+    models: dict[tuple[str, str], set[str]] = defaultdict(set)
+    fine: set[tuple[str, str, str]] = set()
     for cell in ready.plan.cells:
-        at = (cell.axes["model"], cell.axes["compression"])
-        key = ready.plan.roles[cell.id].get("compress")
-        if key is None or at[0] in models[at[1]]:
+        for axis, (role, look) in _LOOKS.items():
+            key, name = ready.plan.roles[cell.id].get(role), cell.axes[axis]
+            at = (cell.axes["model"], axis, name)
+            if key is None or at in fine or at in found:
+                continue
+            models[axis, name].add(at[0])
+            error = None if ready.has(key) or cell.id in ready.recorded else look(ready, cell)
+            if error is None:
+                fine.add(at)
+            else:
+                found[at] = error
+    for (axis, name), there in models.items():
+        if all((model, axis, name) in found for model in there):
+            first = found[min(there), axis, name]
+            error = InputError(f"{min(there)} cannot be {WHAT[axis][0]} so: {_said(first)}", key=getattr(first, "key", None))
+            raise ready.matrix.place(error, axis, name)
+    return {at: _said(error) for at, error in found.items()}
+
+
+def check_teachers(ready: Prepared) -> None:
+    """InputError where another model of the matrix is to teach one that reads other tokens, as far as both are here.
+
+    Else it would be known once the teacher's own module had been trained.
+    """
+    for cell in ready.plan.cells:
+        roles = ready.plan.roles[cell.id]
+        if not cell.teacher or cell.id in ready.recorded or ready.has(roles["tune"]):
             continue
-        models[at[1]].add(at[0])
-        if not ready.has(key) and cell.id not in ready.recorded and (why := _reason(ready, cell)):
-            found[at] = why
-    for compression, there in models.items():
-        if all((model, compression) in found for model in there):
-            model = sorted(there)[0]
-            error = InputError(f"{model} cannot be compressed so: {found[model, compression]}")
-            raise ready.matrix.place(error, "compression", compression)
-    return found
+        student, teacher = ready.plan.roles[cell.id]["model"], ready.plan.steps[roles["teacher_tune"]]
+        models = [ready.plan.steps[key] for key in (student, _model_of(ready, teacher))]
+        found = [vocabulary(folder) if (folder := ready.model_folder(step)) else None for step in models]
+        if None not in found and found[0] != found[1]:
+            error = InputError(other_tokens(cell.axes["model"], cell.teacher.axes["model"]))
+            raise ready.matrix.place(error, "restoring", cell.axes["restoring"], "distill", "teacher")
 
 
-def _reason(ready: Prepared, cell: Cell) -> str | None:
+def _model_of(ready: Prepared, step: Step) -> str:
+    """Key of the step that has the model which a training is of; a choice has it by its trials."""
+    while "model" not in step.needs:
+        step = ready.plan.steps[next(iter(step.needs.values()))]
+    return step.needs["model"]
+
+
+def _said(error: Exception) -> str:
+    return error.message if isinstance(error, InputError) else str(error)
+
+
+def _compression(ready: Prepared, cell: Cell) -> Unsupported | None:
     step = ready.plan.steps[ready.plan.roles[cell.id]["compress"]]
     size = ready.size(step)
     before: list[str] = []
@@ -50,6 +90,34 @@ def _reason(ready: Prepared, cell: Cell) -> str | None:
             try:
                 backend.fits(chosen.settings, size)
             except Unsupported as error:
-                return str(error)
+                return error
         before.append(chosen.name)
     return None
+
+
+def _pet(ready: Prepared, cell: Cell) -> InputError | None:
+    if cell.restoring.inherit and cell.restoring.inherit.from_:  # the module the user has, with a rank of its own
+        return None
+    return _rank(ready, cell, lambda size: rank_limits.told(cell.pet, size.shapes, size.model_type))
+
+
+def _recovery(ready: Prepared, cell: Cell) -> InputError | None:
+    recover = cell.restoring.recover
+    return _rank(ready, cell, lambda size: rank_limits.refuse_recovery(recover.r, size.shapes)) if recover else None
+
+
+def _rank(ready: Prepared, cell: Cell, check) -> InputError | None:
+    """What `check` says of the layers of the cell's model, which our own compressions make narrower at most."""
+    if any(chosen.name not in registry.BUILTIN["compression"] for chosen in cell.compression):
+        return None
+    size = ready.size(ready.plan.steps[ready.plan.roles[cell.id]["model"]])
+    if size is None or size.mixture:
+        return None
+    try:
+        check(size)
+    except InputError as error:
+        return error
+    return None
+
+
+_LOOKS = {"compression": ("compress", _compression), "pet": ("tune", _pet), "restoring": ("tune", _recovery)}

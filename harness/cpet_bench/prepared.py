@@ -14,7 +14,7 @@ from .cells import expand
 from .compression.sizes import LIBRARIES, ModelSize
 from .errors import InputError
 from .estimates import Estimates
-from .fitting import unfit
+from .fitting import Unfit, check_teachers, unfit
 from .folders import read_json
 from .known_rates import known_rates
 from .matrix import Matrix, load_matrix
@@ -38,7 +38,7 @@ class Prepared:
     left_out: dict[str, str] = field(default_factory=dict)  # cell id → why it is left for a later run
     budget: float | None = None  # seconds after which no further step is begun
     known: dict[str, dict[str, Any]] = field(default_factory=dict)  # key of a `rate` step → facts an earlier run states
-    unfit: dict[tuple[str, str], str] = field(default_factory=dict)  # (model, compression) → why it cannot be
+    unfit: Unfit = field(default_factory=dict)  # what of the matrix a model cannot take, and why
     _sizes: dict[str, ModelSize | None] = field(default_factory=dict)  # by the key of a model's step
 
     @cached_property
@@ -103,16 +103,21 @@ class Prepared:
         while step.kind == "compress":
             step = self.plan.steps[step.needs["source"]]
         if step.key not in self._sizes:
-            manifest, folder = self.store.manifest(step.key), None
-            scheme, _, rest = step.params["model"]["source"].partition(":")
-            if manifest is None and scheme == "local":
-                folder = Path(step.params["base"], rest)
-            elif manifest is not None and "path" in manifest.facts:
-                folder = Path(manifest.facts["path"])
-            elif manifest is not None and self.store.local:
-                folder = self.store.materialise(step.key, verify=False)
+            folder = self.model_folder(step)
             self._sizes[step.key] = ModelSize.of(folder) if folder else None
         return self._sizes[step.key]
+
+    def model_folder(self, step: Step) -> Path | None:
+        """Where the files of a model lie; None where they are still to be fetched."""
+        manifest = self.store.manifest(step.key)
+        scheme, _, rest = step.params["model"]["source"].partition(":")
+        if manifest is None and scheme == "local":
+            return Path(step.params["base"], rest)
+        if manifest is not None and "path" in manifest.facts:
+            return Path(manifest.facts["path"])
+        if manifest is not None and self.store.local:
+            return self.store.materialise(step.key, verify=False)
+        return None
 
     def time_needed(self, missing: list[str]) -> float:
         """Seconds that running these steps takes at least, by the estimates, on the workers there are."""
@@ -151,6 +156,7 @@ def prepare(
     estimates = Estimates(opened)
     seconds = {key: estimates.seconds(step) for key, step in plan.steps.items()}
     ready = Prepared(matrix, plan, opened, machine, Path(runs) / name, estimates, seconds, known=known_rates(plan, rates))
+    check_teachers(ready)
     ready.unfit = unfit(ready)
     ready.choose(sample, sample_seed, budget)
     return ready

@@ -101,19 +101,25 @@ class Reader:
 
     def pet(self, path: Path_, settings: PetSettings) -> PetSettings:
         """The method and its fields against what the installed PEFT has, or a method of our own takes."""
-        from .pet.catalogue import pet_methods
+        from .pet.catalogue import peft_fields, pet_methods
         from .pet.own import OWN, plain_name
+        from .pet.values import wrong
 
         methods = pet_methods()
         method = plain_name(settings.method)
         if method not in methods:
             message = f"there is no PET method {settings.method[:80]!r}"
             raise self.error((*path, "method"), message, given=settings.method, allowed=methods)
+        fields = peft_fields().get(method, {})
         for key in settings.fields:
             if key not in methods[method]:
                 whose = method if method in OWN else f"PEFT's {method}"
                 message = f"{whose} has no field of this name"
                 raise self.error((*path, key), message, given=key, allowed=[*methods[method], "train"])
+            if key in fields and (refused := wrong(method, key, settings.fields[key], fields[key])):
+                shown = _shown(refused.given)
+                message = f"it must be {refused.must_be}, not {shown}" if refused.must_be else f"{shown} is not one of these"
+                raise self.error((*path, key, *refused.where), message, given=refused.given, allowed=refused.allowed)
         if method in OWN:
             self.model(path, OWN[method], settings.fields)
         if "init_text" in settings.fields:

@@ -241,7 +241,7 @@ def test_the_whole_error_at_full_rank_gives_the_dense_model(made, tmp_path):
     folder, _, _ = made("llama")
     _, model = compensated(made, "llama", "svd", 64, tmp_path)
     ids = torch.arange(3, 51).view(4, 12)
-    recover.attach_recovery(model, RecoverSettings(r=64, act="identity", init="svd"), seed=0, init=tmp_path)
+    recover.attach_saved_recovery(model, tmp_path)  # a matrix may not ask for a rank above that of k and v, which is 32
     with torch.no_grad():
         dense = load_model(folder / "dense")(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, dense, atol=1e-3, rtol=0)

@@ -84,6 +84,79 @@ def test_what_one_model_cannot_take_is_a_row(cli, tmp_path):
     assert json.loads(cli("plan", path, "--json").stdout)["total"]["run"] == 0
 
 
+RANKS = [
+    ("pet: {p: {method: loha, r: 100000}}", "vanilla: {}", "pet.p.r: small cannot be tuned so: {l} .* at most 32, or"),
+    ("pet: {p: {method: lora, r: 33, target_modules: [v_proj]}}", "vanilla: {}", "pet.p.r: small cannot be tuned so: {l} has"),
+    ("pet: {p: {method: nola, r: 33}}", "vanilla: {}", "pet.p.r: small cannot be tuned so: {l} .* rank of 33"),
+    ("pet: {p: {method: adalora, init_r: 33}}", "vanilla: {}", "pet.p.init_r: small cannot be tuned so: {l} .* at most 32"),
+    ("pet: {p: lora}", "deep: {recover: {r: 1000}}", "deep.recover.r: small cannot be restored so: {l} .* 32[.]$"),
+]
+
+
+def tuned(cli, pet: str, restoring: str, *models, more: str = ""):
+    """Cells of these models tuned by `pet` and restored so; that stands in lines 4 and 6, after `extends`."""
+    sources = ", ".join(f"{m.name}: {{source: 'local:{m}'}}" for m in models)
+    names = ", ".join(m.name for m in models)
+    name = restoring.partition(":")[0]
+    return cli.matrix(
+        f"name: fits\nmodel: {{{sources}}}\n{pet}\nrestoring:\n  {restoring}\nexclude: []\ntrain: {{steps: 2}}\n"
+        f"include: [{{model: [{names}], pet: p, restoring: {name}, compression: none}}]\n"
+        f"probes: {{throughput: false, memory: false}}\n{more}"
+    )
+
+
+@pytest.mark.parametrize(("pet", "restoring", "says"), RANKS, ids=["loha", "lora", "nola", "adalora", "recover"])
+def test_a_rank_that_no_model_has_is_refused_with_its_place(cli, tmp_path, pet, restoring, says):
+    path = tuned(cli, pet, restoring, model(tmp_path / "small"))
+    line = 6 if "recover" in restoring else 4
+    for verb in ("plan", "run"):
+        done = cli(verb, path)
+        (told,) = done.stderr.splitlines()
+        layer = r"model\.layers\.0\.self_attn\.[kv]_proj"
+        assert done.returncode == 2 and re.search(f"matrix.yaml:{line}: .*" + says.replace("{l}", layer), told), done.stderr
+    assert not (cli.folder / "runs").exists() and not (cli.folder / "store/objects").exists()
+
+
+def test_a_rank_that_one_model_does_not_have_is_a_failed_row(cli, tmp_path):
+    small, large = model(tmp_path / "small"), model(tmp_path / "large", hidden=128)
+    path = tuned(cli, "pet: {p: {method: loha, r: 40, target_modules: [v_proj]}}", "vanilla: {}", small, large)
+    (told,) = json.loads(cli("plan", path, "--json").stdout)["unfit"]
+    assert told["model"] == "small" and told["pet"] == "p" and "rank of 40" in told["reason"]
+    done = cli("run", path, "--no-page")
+    assert done.returncode == 4 and "small × p will fail: model.layers.0.self_attn.v_proj has 64 inputs" in done.stderr
+    found = {r["axes"]["model"]: r for r in cli.records("fits").values()}
+    assert found["large"]["status"] == "done" and found["small"]["status"] == "failed"
+    assert "give at most 32" in found["small"]["reason"]["message"]
+
+
+def test_a_mistyped_field_ends_before_anything_is_run(cli, tmp_path):
+    path = tuned(cli, "pet: {p: {method: lokr, r: 0}}", "vanilla: {}", model(tmp_path / "small"))
+    for verb in ("plan", "run"):
+        done = cli(verb, path)
+        assert done.returncode == 2 and "matrix.yaml:4: pet.p.r: it must be at least 1, not 0" in done.stderr
+    assert not (cli.folder / "runs").exists() and not (cli.folder / "store/objects").exists()
+
+
+def test_what_only_narrowed_layers_do_not_take_is_said_when_it_is_run(cli, tmp_path):
+    structured = "compression: {thin: {backend: structured, ratio: 0.2, importance: l1, parts: mlp}}\n"
+    path = tuned(cli, "pet: {p: lora}", "deep: {recover: {r: 32}}", model(tmp_path / "small", intermediate=48), more=structured)
+    path.write_text(path.read_text().replace("compression: none}", "compression: thin}"))
+    assert json.loads(cli("plan", path, "--json").stdout)["unfit"] == []
+    done = cli("run", path, "--no-page")
+    (record,) = cli.records("fits").values()
+    assert done.returncode == 4 and record["status"] == "failed", done.stderr
+    assert re.search(r"recover.r: .*mlp.* so a rank of 32 is more than its weight can have", record["reason"]["message"])
+
+
+def test_nothing_is_told_of_mixtures_of_experts(cli, tmp_path):
+    """Their weights lie in files otherwise than in the layers that are made of them, and routers are narrow."""
+    folder = model(tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts": 4}))
+    path = tuned(cli, "pet: {p: {method: loha, r: 40}}", "vanilla: {}", folder)
+    assert json.loads(cli("plan", path, "--json").stdout)["unfit"] == []
+
+
 def test_after_a_step_that_changes_widths_nothing_is_told(cli, tmp_path):
     structured = "backend: structured, ratio: 0.3, importance: l1, parts: mlp"
     path = matrix(cli, structured, model(tmp_path / "small", intermediate=100))

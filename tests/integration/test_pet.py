@@ -9,6 +9,9 @@ from cpet_bench.errors import InputError, StepFailed, Unsupported
 from cpet_bench.models.loading import load_model
 from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
+from cpet_bench.pet.catalogue import peft_fields
+from cpet_bench.pet.rank_limits import FIELD, LIMITS
+from cpet_bench.pet.values import wrong
 from cpet_bench.settings import PetSettings
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_proj"], "t5": ["q", "v"]}
@@ -104,13 +107,19 @@ def test_the_seed_alone_says_what_the_start_is(folders):
         ({"r": 40, "target_modules": "all-linear", "exclude_modules": ["q_proj"]}, InputError, "k_proj .* at most 32"),
         ({"r": 40, "target_modules": r".*\.v_proj", "init_lora_weights": "pissa"}, InputError, "v_proj .* at most 32"),
         ({"method": "adalora", "r": 8, "init_r": 33, "total_step": 9}, InputError, "v_proj .* at most 32"),
+        ({"method": "loha", "r": 100_000, "lora_alpha": None}, InputError, "v_proj .* rank of 100000 .* at most 32"),
+        ({"method": "hira", "r": 33, "lora_alpha": None, "target_modules": None}, InputError, "v_proj .* at most 32"),
+        ({"method": "psoft", "r": 33, "lora_alpha": None}, InputError, "v_proj .* at most 32"),
+        ({"method": "shira", "r": 22, "lora_alpha": None}, InputError, "v_proj .* at most 21"),
+        ({"method": "miss", "r": 65, "lora_alpha": None}, InputError, "q_proj .* at most 64"),
     ],
 )
 def test_what_cannot_be_put_on(change, error, says, folders):
     model = load_model(folders["llama"])
     before = logits(model)
     with pytest.raises(error, match=says):
-        methods.attach(model, lora("llama", **change))
+        given = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": TARGETS["llama"], **change}
+        methods.attach(model, PetSettings(**{k: v for k, v in given.items() if v is not None or k != "lora_alpha"}))
     assert torch.equal(logits(model), before)
 
 
@@ -119,6 +128,34 @@ def test_a_rank_counts_where_it_is_used(folders):
     for more in ({"exclude_modules": ["v_proj"]}, {"rank_pattern": {"v_proj": 32}}, {"layers_to_transform": [], "r": 32}):
         model = methods.attach(load_model(folders["llama"]), lora("llama", **{"r": 33, **more}))
         assert any("lora_A" in n for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", [m for m in LIMITS if m not in ("nola", "poly")])
+def test_the_largest_rank_can_be_put_on(method, folders):
+    """What is refused begins just above what PEFT puts on every layer."""
+    from cpet_bench.doctor_tries import FIELDS
+
+    model, (n_in, n_out) = load_model(folders["llama"]), (64, 32)
+    rank, largest = FIELD.get(method, "r"), LIMITS[method](n_in, n_out)
+    fields = {**FIELDS.get(method, {}), "target_modules": ["v_proj"], **({"gralora_k": 1} if method == "gralora" else {})}
+    methods.attach(model, PetSettings(method=method, **{**fields, rank: largest}))
+    methods.detach(model)
+    with pytest.raises(InputError, match="more than its weight can have"):
+        methods.attach(model, PetSettings(method=method, **{**fields, rank: largest + 1}))
+
+
+def test_every_default_of_peft_is_one_it_takes():
+    from dataclasses import MISSING, fields
+
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        method = kind.value.lower()
+        for field in fields(cls):
+            value = field.default if field.default_factory is MISSING else field.default_factory()
+            value = getattr(value, "value", value)
+            if value is not MISSING:
+                assert wrong(method, field.name, value, peft_fields()[method][field.name]) is None, (method, field.name)
 
 
 def test_what_needs_more_than_virtual_tokens_is_unsupported_and_says_why(folders):

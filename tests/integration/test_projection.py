@@ -16,6 +16,7 @@ from cpet_bench.models.loading import load_model, load_tokenizer
 from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
 from cpet_bench.restoring.distill import same_tokens, teacher_features
+from cpet_bench.restoring.teachers import vocabulary
 from cpet_bench.settings import DistillSettings, OtherTeacher, PetSettings, RestoringSettings, TrainSettings
 from cpet_bench.training import train
 
@@ -229,6 +230,21 @@ def test_a_larger_model_teaches_through_the_command_line(cli):
     assert wrong["status"] == "failed" and wrong["reason"]["type"] == "StepFailed"
     assert "the tokenizers of tiny and of its teacher other differ" in wrong["reason"]["message"]
     assert "name a model with the tokenizer of tiny" in wrong["reason"]["message"]
+
+
+def test_a_teacher_of_other_tokens_is_refused_before_anything_runs(cli):
+    """Where both models are here: by name, and with the remedy."""
+    other_tokens(cli.folder / "other")
+    make("llama", DEFAULTS, cli.folder / "mine")
+    text = MATRIX.replace("  other: {", '  mine: {source: "local:mine"}\n  other: {')
+    path = write(cli.folder, text.replace("{model: tiny, r", "{model: mine, r"))
+    done = cli("run", path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "restoring.mistaught.distill.teacher: the tokenizers of mine and of its teacher other differ" in done.stderr
+    assert "name a model with the tokenizer of mine" in done.stderr and not list(cli.folder.glob("runs/*/records"))
+    done = cli("plan", path, "--only", "restoring=taught,none")
+    assert done.returncode == 0, done.stderr
+    assert vocabulary(cli.folder / "mine") == load_tokenizer(cli.folder / "mine").get_vocab()
 
 
 def test_tokenizers_that_give_the_same_ids(folders, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from cpet_bench.compression.bnb import BitsAndBytes
-from cpet_bench.errors import StepFailed
+from cpet_bench.errors import InputError, StepFailed
 from cpet_bench.models import tiny
 from cpet_bench.models.arch import block_linears, features
 from cpet_bench.models.loading import load_model
@@ -267,6 +267,16 @@ def test_several_add_up(folders, tmp_path):
     assert (answer(twice) - wanted).abs().max() < 1e-4 * wanted.abs().max()
     recover.detach_recovery(twice)
     assert torch.equal(answer(twice), answer(load_model(folders / "llama")))
+
+
+def test_a_rank_above_the_width_of_a_layer_is_refused(folders):
+    for kind in KINDS:
+        model = load_model(folders / kind)
+        before, narrowest = answer(model), min(min(features(m)) for m in block_linears(model).values())
+        with pytest.raises(InputError, match=rf"recover\.r: .* rank of 1000 .* give at most {narrowest}\.$"):
+            recover.attach_recovery(model, RecoverSettings(r=1000), seed=0)
+        assert not hasattr(model, "cpet_recovery") and torch.equal(answer(model), before)
+        recover.attach_recovery(model, RecoverSettings(r=narrowest), seed=0)
 
 
 def test_what_does_not_fit_is_named(folders, tmp_path):

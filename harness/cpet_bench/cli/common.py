@@ -54,8 +54,10 @@ def prepared(args: argparse.Namespace):
 
 
 def unfit(ready) -> list[str]:
-    """Which models cannot be compressed as the matrix says, a line each."""
-    return [f"{model} × {compression} will be unsupported: {why}" for (model, compression), why in ready.unfit.items()]
+    """Which models cannot be compressed, tuned or restored as the matrix says, a line each."""
+    from ..fitting import WHAT
+
+    return [f"{model} × {name} will {WHAT[axis][1]}: {why}" for (model, axis, name), why in ready.unfit.items()]
 
 
 def left_out(ready, pending: list[str]) -> str | None:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.json:
         cells = {cell.id: ready.plan.roles[cell.id] for cell in ready.plan.cells}
-        refused = [{"model": m, "compression": c, "reason": why} for (m, c), why in ready.unfit.items()]
+        refused = [{"model": model, axis: name, "reason": why} for (model, axis, name), why in ready.unfit.items()]
         found = {"total": total, "machine": ready.machine, "cells": cells, "unfit": refused, "steps": rows}
         print(json.dumps(found, indent=1))
         return 0

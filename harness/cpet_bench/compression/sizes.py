@@ -30,7 +30,8 @@ class ModelSize:
     block), `outside` (what is in no block, without a head of its own), `largest` (tensor). Lengths: `depth` (blocks), `width`
     (hidden states), `widest` (what a layer of a block reads or gives), `vocabulary`, `heads`. pairs: whether there are an
     encoder and a decoder. shapes: (inputs, outputs) of the blocks' linear layers by name, of plain weights alone. quantised:
-    the format of a model that is packed already.
+    the format of a model that is packed already. model_type: transformers' name of the architecture. mixture: whether it has
+    experts, whose weights lie in files otherwise than in the layers that are made of them.
     """
 
     total: int
@@ -47,13 +48,16 @@ class ModelSize:
     pairs: bool
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     quantised: str | None = None
+    model_type: str = ""
+    mixture: bool = False
 
     @classmethod
     def of(cls, folder: Path) -> ModelSize | None:
         """The sizes of a model folder, from the headers of its files; None where they do not show them."""
         try:
             there = places(folder)
-            config = json.loads(Path(folder, "config.json").read_text())
+            text = Path(folder, "config.json").read_text()
+            config = json.loads(text)
         except (OSError, ValueError, KeyError):
             return None
         by_block: dict[str, int] = defaultdict(int)
@@ -85,6 +89,8 @@ class ModelSize:
             pairs=bool(config.get("is_encoder_decoder")),
             shapes={} if config.get("quantization_config") else _shapes(inside, config.get("model_type") in _TRANSPOSED),
             quantised=(config.get("quantization_config") or {}).get("quant_method"),
+            model_type=str(config.get("model_type", "")),
+            mixture="expert" in text,
         )
 
 

@@ -267,7 +267,7 @@ def _per_layer(given: dict[str, Any], targets: dict[str, int]) -> dict[str, Any]
 def _check_targets(model: nn.Module, config) -> None:
     """Every target module named must match something: PEFT only minds when none of them does."""
     wanted = getattr(config, "target_modules", None)
-    if not wanted or wanted == "all-linear":
+    if not wanted or isinstance(wanted, str) and wanted.lower() == "all-linear":
         return
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(wanted, str):

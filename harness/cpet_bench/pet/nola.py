@@ -124,12 +124,11 @@ def attach(model: nn.Module, pet: PetSettings, seed: int = 0) -> nn.Module:
     With beta = 0 the outputs stay those of the model. seed: of the random matrices where the settings name none.
     Raises: InputError for a field, a target that no layer has, or a rank above a layer's width.
     """
-    from .ranks import refuse_rank
+    from .rank_limits import refuse_ranks
 
     settings = own_settings("nola", pet.fields)
     targets = _targets(model, settings)
-    for name, module in targets.items():
-        refuse_rank(name, settings.r, *features(module))
+    refuse_ranks("nola", ((name, settings.r, features(module)) for name, module in targets.items()))
     seed = seed if settings.seed is None else settings.seed
     _install(model, targets, settings.model_copy(update={"seed": seed}), trainable=True)
     return model

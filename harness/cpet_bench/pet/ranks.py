@@ -6,38 +6,29 @@ import copy
 
 from torch import nn
 
-from ..errors import InputError
 from ..models.arch import block_linears, features
-
-
-def refuse_rank(name: str, r: int, n_in: int, n_out: int) -> None:
-    """InputError where a weight of out x in has no rank as high as `r`."""
-    largest = min(n_in, n_out)
-    if r > largest:
-        raise InputError(
-            f"{name} has {n_in} inputs and {n_out} outputs, so a rank of {r} is more than its weight can have: "
-            f"give at most {largest}, or leave this layer out of target_modules.",
-            key="pet.r",
-        )
+from .rank_limits import FIELD, LIMITS, refuse_ranks
 
 
 def check_ranks(model: nn.Module, config) -> None:
-    """The same for every layer of `model` that a PEFT configuration of LoRA or AdaLoRA is about."""
-    kind = config.peft_type.value
-    if kind not in ("LORA", "ADALORA"):
+    """InputError where PEFT's configuration gives a layer of `model` more than its weight can have (see `rank_limits`)."""
+    method = config.peft_type.value.lower()
+    if method not in LIMITS:
         return
-    from peft import utils
     from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils import constants
     from peft.utils.other import get_pattern_key
 
     layers, config = block_linears(model), copy.copy(config)
+    config.target_parameters = getattr(config, "target_parameters", None)  # asked for of every method
     if config.target_modules is None:
-        usual = getattr(utils, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
+        usual = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.upper()}_TARGET_MODULES_MAPPING")
         config.target_modules = usual.get(model.config.model_type) or []
-    elif config.target_modules == "all-linear":
+    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = list(layers)
-    for name, module in layers.items():
-        if check_target_module_exists(config, name):
-            ranks = getattr(config, "rank_pattern", None) or {}
-            r = config.init_r if kind == "ADALORA" else ranks.get(get_pattern_key(ranks.keys(), name), config.r)
-            refuse_rank(name, int(r), *features(module))
+    ranks = {} if method == "adalora" else getattr(config, "rank_pattern", None) or {}
+    r = getattr(config, FIELD.get(method, "r"))
+    if r is None:  # SuperTuning without its LoRA part
+        return
+    found = [name for name in layers if check_target_module_exists(config, name)]
+    refuse_ranks(method, ((n, ranks.get(get_pattern_key(ranks.keys(), n), r), features(layers[n])) for n in found))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..errors import StepFailed
 from ..models.arch import block_linears, features
 from ..pet.methods import differences
+from ..pet.rank_limits import refuse_recovery
 from ..settings import RecoverSettings
 
 ACTIVATIONS = {"gelu": F.gelu, "sigmoid": torch.sigmoid, "identity": lambda z: z}
@@ -104,11 +105,13 @@ def attach_recovery(
             reconstruction whatever alpha is.
         layers: names (as `block_linears` has them) to put modules beside; None: all.
     Raises:
+        InputError: a rank above the width of a layer.
         StepFailed: `init` does not fit the model, or is missing where the settings ask for one.
     """
     targets = linears(model)
     if layers is not None:
         targets = {name: targets[name] for name in layers}
+    refuse_recovery(settings.r, {name: features(module) for name, module in targets.items()})
     if init is None:
         if settings.init != "zero":
             raise StepFailed(f"recovery with init {settings.init} needs the compensation that it starts from")

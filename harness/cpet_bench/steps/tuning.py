@@ -280,14 +280,11 @@ def run_teacher(ctx: Context) -> dict:
     from ..evaluation.pairs import read_pairs
     from ..models.loading import load_tokenizer
     from ..restoring.distill import same_tokens, teacher_features
+    from ..restoring.teachers import other_tokens
 
     s = ctx.settings
     if "tokenizer" in ctx.inputs and not same_tokens(ctx.tokenizer(), load_tokenizer(ctx.inputs["model"])):
-        student, teacher = ctx.params["names"]["student"], ctx.params["names"]["teacher"]
-        raise StepFailed(
-            f"the tokenizers of {student} and of its teacher {teacher} differ, and hidden states are compared token by token: "
-            f"name a model with the tokenizer of {student}, or leave `teacher` out, and it is {student} itself with its D"
-        )
+        raise StepFailed(other_tokens(**ctx.params["names"]))
     kl = {"top_k": s["top_k"]} if s["top_k"] else None
     distill = DistillSettings.model_validate({"hidden": s["hidden"], "kl": kl, "layers": s.get("layers", "last")})
     train = TrainSettings.model_validate(s["order"])
