@@ -129,9 +129,13 @@ class Recorder:
         metrics = found["metrics"].facts["metrics"]
         probes = dict(found["probe"].facts["probes"]) if "probe" in found else {}
         simulated = sorted({s for _, m in self._chain(cell) for s in m.facts.get("simulated", [])})
+        dense = "kernel" in (found["model"].facts.get("quantised") or {})  # a model that came packed, and is run unpacked
+        simulated += ["speed"] if dense and "speed" not in simulated else []
         for name in ("prefill", "decode"):
             if name in probes:
                 probes[name] = {**probes[name], "simulated": "speed" in simulated}
+        if dense and "resident" in probes:
+            probes["resident"] = {**probes["resident"], "simulated": True}
         base = found.get("compress", found["model"])
         stored = base.facts.get("bytes") or base.bytes
         adapter = _adapter_bytes(found.get("tune"))

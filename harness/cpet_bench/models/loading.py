@@ -17,6 +17,9 @@ def allow_code(allowed: bool) -> None:
     _code["allowed"] = allowed
 
 
+COMPRESSED_TENSORS = "compressed-tensors"  # the format of llm-compressor and vLLM
+
+
 def code_allowed() -> bool:
     return _code["allowed"]
 
@@ -80,6 +83,12 @@ def load_model(
         from . import gptq
 
         more["config"] = gptq.configuration(folder, quantised, _trust(config))
+    if method == COMPRESSED_TENSORS:
+        from transformers import AutoConfig
+
+        # Else they stay packed, without a weight, until the whole model is run, and blocks, PET and recovery come before that.
+        more["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=_trust(config))
+        more["config"].quantization_config = {**quantised, "dequantize": True}
     try:
         model = auto.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=_trust(config), **more
@@ -103,6 +112,9 @@ def _prepare(method: str) -> None:
 
     if method == "cpet_packed":
         from . import packed  # noqa: F401  (makes the format known to transformers)
+    if method == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
+        install = "pip install -c constraints.txt '.[compressed-tensors]'"
+        raise Unsupported(f"this model is quantised by compressed-tensors, which is not installed ({install})")
     if method.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
         raise Unsupported("this model is quantised by bitsandbytes, which is not installed (pip install bitsandbytes)")
 

