@@ -183,6 +183,35 @@ def test_no_method_adds_to_the_layers_of_the_blocks(folders):
     assert not wrong and tried > 30
 
 
+def test_what_is_saved_of_every_method_is_what_plain_peft_loads(folders, tmp_path):
+    """Each of PEFT's methods that can be put on, with weights that are not those of the start."""
+    from peft import PeftModel
+
+    from cpet_bench.doctor_tries import FIELDS
+    from cpet_bench.pet.catalogue import peft_fields
+
+    bare, apart = logits(load_model(folders["llama"])), {}
+    for method in peft_fields().keys() - {"multitask_prompt_tuning", "poly"}:  # theirs asks for a task's number
+        model = load_model(folders["llama"])
+        try:
+            methods.attach(model, PetSettings(method=method, **FIELDS.get(method, {})), seed=3)
+        except Unsupported:
+            continue
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.05 * torch.randn(p.shape, generator=generator)
+        methods.save(model, tmp_path / method)
+        methods.detach(model)
+        methods.attach_saved(model, tmp_path / method, trainable=False)
+        own = logits(model)
+        theirs = logits(PeftModel.from_pretrained(load_model(folders["llama"]), str(tmp_path / method)).eval())
+        moved = float((own - bare).abs().max())
+        apart[method] = float((own - theirs[:, -own.shape[1] :]).abs().max()) if moved > 1e-4 else f"moved {moved}"
+    assert len(apart) > 38 and {m: a for m, a in apart.items() if isinstance(a, str) or a > 1e-4} == {}
+
+
 def test_a_saved_adapter_that_does_not_fit(folders, tmp_path):
     """PEFT passes over shapes that differ (its issue 1746); here they are named."""
     model = load_model(folders["llama"])

@@ -16,20 +16,22 @@ from cpet_bench.models.loading import load_model
 from cpet_bench.pet import methods
 from cpet_bench.restoring import recover
 from cpet_bench.settings import PetSettings, RecoverSettings
+from tiny_qwen import make_qwen2
 
 PLAIN = {
     "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / 2**0.5)),
     "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
     "identity": lambda z: z,
 }
-KINDS = ("llama", "gpt2", "t5", "nf4", "int8")
+KINDS = ("llama", "gpt2", "t5", "opt", "qwen2", "nf4", "int8")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "gpt2", "t5"):
+    for arch in ("llama", "gpt2", "t5", "opt"):
         tiny.make(arch, tiny.DEFAULTS, root / arch)
+    make_qwen2(root / "llama", root / "qwen2")
     how = {"examples": None, "device": "cpu", "dtype": "float32", "progress": lambda *a: None}
     for kind in ("nf4", "int8"):
         BitsAndBytes.compress(root / "llama", root / kind, BitsAndBytes.Settings(type=kind), **how)
@@ -128,7 +130,7 @@ def test_zero_start_leaves_the_model_bit_identical(folders, kind, act):
     assert torch.equal(answer(model), before)
     layers = block_linears(model)
     assert recover.recovery_parameters(model) == sum(4 * sum(features(m)) for m in layers.values())
-    assert len(model.cpet_recovery["0"]) == len(layers) == {"gpt2": 8, "t5": 32}.get(kind, 14)
+    assert len(model.cpet_recovery["0"]) == len(layers) == {"gpt2": 8, "t5": 32, "opt": 12}.get(kind, 14)
     filled(model)
     assert not torch.equal(answer(model), before)
     recover.detach_recovery(model)

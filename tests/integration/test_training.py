@@ -13,8 +13,10 @@ from cpet_bench.pet import methods
 from cpet_bench.restoring.distill import teacher_features
 from cpet_bench.settings import DistillSettings, PetSettings, TrainSettings
 from cpet_bench.training import learning_rate, train
+from tiny_qwen import make_qwen2
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "t5": ["v", "o"]}
+TARGETS |= {"opt": ["k_proj", "fc2"], "qwen2": ["q_proj", "o_proj"]}
 SINGLE = [
     {"document": "a", "context_ids": [5, 6, 7, 8], "choice_ids": [[9], [10]], "gold": 1, "target_ids": [10]},
     {"document": "b", "context_ids": [11, 12], "choice_ids": [[9], [10]], "gold": 0, "target_ids": [9]},
@@ -36,7 +38,7 @@ def folders(tmp_path_factory):
     found = {}
     for arch in TARGETS:
         found[arch] = tmp_path_factory.mktemp(arch)
-        make(arch, DEFAULTS, found[arch])
+        make_qwen2(found["llama"], found[arch]) if arch == "qwen2" else make(arch, DEFAULTS, found[arch])
     return found
 
 

@@ -17,6 +17,7 @@ from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
 from cpet_bench.settings import PetSettings, TrainSettings
 from cpet_bench.training import train
+from tiny_qwen import make_qwen2
 
 METHODS = {
     "prompt_tuning": {},
@@ -41,22 +42,10 @@ def folders(tmp_path_factory):
             if arch != "qwen2":
                 make(arch, DEFAULTS, made[arch])
             else:
-                qwen2(get("llama"), made[arch])
+                make_qwen2(get("llama"), made[arch])
         return made[arch]
 
     return get
-
-
-def qwen2(llama, out):
-    """A tiny Qwen2 with fewer keys than queries, and the tokenizer of the tiny llama."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    vocabulary = load_model(llama).config.vocab_size
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **shape, **heads)).save_pretrained(out)
-    load_tokenizer(llama).save_pretrained(out)
 
 
 def settings(method, **more):
