@@ -117,6 +117,7 @@ def test_a_rank_that_no_model_has_is_refused_with_its_place(cli, tmp_path, pet, 
     assert not (cli.folder / "runs").exists() and not (cli.folder / "store/objects").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_one_model_does_not_have_is_a_failed_row(cli, tmp_path):
     small, large = model(tmp_path / "small"), model(tmp_path / "large", hidden=128)
     path = tuned(cli, "pet: {p: {method: loha, r: 40, target_modules: [v_proj]}}", "vanilla: {}", small, large)
@@ -137,6 +138,7 @@ def test_a_mistyped_field_ends_before_anything_is_run(cli, tmp_path):
     assert not (cli.folder / "runs").exists() and not (cli.folder / "store/objects").exists()
 
 
+@pytest.mark.slow
 def test_what_only_narrowed_layers_do_not_take_is_said_when_it_is_run(cli, tmp_path):
     structured = "compression: {thin: {backend: structured, ratio: 0.2, importance: l1, parts: mlp}}\n"
     path = tuned(cli, "pet: {p: lora}", "deep: {recover: {r: 32}}", model(tmp_path / "small", intermediate=48), more=structured)

@@ -202,12 +202,13 @@ def test_notes_of_what_was_done_before_are_never_lost(folders, pruned, tmp_path)
 def test_through_the_command_line(cli):
     """transfer, training on, and the control of equal size, on cut models and a mixture; adapters of the user's."""
     tiny.make("llama", {**tiny.DEFAULTS, "intermediate": 96}, cli.folder / "other")
-    train_d(cli.folder / "other", cli.folder / "theirs", "llama", r=4)
+    lora = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}
+    train_d(cli.folder / "other", cli.folder / "theirs", "llama", **lora)
     done = cli(
         "run",
         cli.matrix(
             "name: cuts\n"
-            "pet:\n  lora: {method: lora, r: 4, target_modules: [q_proj, o_proj, up_proj, down_proj]}\n  none: null\n"
+            f"pet: {json.dumps({'lora': lora, 'none': None})}\n"
             "compression:\n"
             "  wanda24: null\n  nf4: null\n  none: none\n"
             "  narrow: {backend: structured, ratio: 0.3, spare: [0, 0]}\n"
