@@ -1,6 +1,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
+# a file's tests share what they set up; in the order of the files, so that short unit tests fill up the end
+TWO = -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-slow reproduce check benchmark clean
 
@@ -8,11 +10,11 @@ run: $(VENV)/.installed
 	$(BIN)/cpet-bench run matrix.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TWO)
 
 # those that take minutes: thirty kills, full disks, libraries that hang
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+	$(BIN)/python -m pytest $(TWO) -m "slow and not gpu"
 
 # one published cell, from nothing: fetches the model, prunes it, scores it; two minutes
 reproduce: $(VENV)/.installed

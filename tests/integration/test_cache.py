@@ -83,6 +83,7 @@ def test_verify_on_the_command_line(copied, cli):
     assert "half done" in cli("cache", "prune").stdout and not unfinished.parent.exists()
 
 
+@pytest.mark.slow
 def test_use_finds_the_damage_of_each_kind_and_makes_it_again(copied, cli, smoke):
     """An artifact of each kind is damaged and what was made of it taken away: the run finds it, says so and mends it."""
     before, hurt, gone = manifests(copied), {}, set()

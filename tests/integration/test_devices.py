@@ -25,6 +25,7 @@ def small(cli: Cli, name: str, more: str = ""):
     return cli.matrix(SMALL.format(name=name, more=more), f"{name}.yaml")
 
 
+@pytest.mark.slow
 def test_two_workers_on_one_processor_give_what_one_gives(tmp_path):
     """The same metrics and outcomes, log-probabilities within 1e-3 (here: of one machine, the same)."""
     one, two = Cli(tmp_path / "one"), Cli(tmp_path / "two")

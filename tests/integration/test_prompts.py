@@ -191,20 +191,22 @@ def test_what_cannot_be_is_refused(folders, tuned):
 
 def test_loaded_in_another_process(folders, tuned):
     code = (
-        "import sys, json, torch; from cpet_bench.models.loading import load_model; from cpet_bench.pet import methods; "
-        "from pathlib import Path; m = load_model(Path(sys.argv[1])); "
-        "methods.attach_saved(m, Path(sys.argv[2]), trainable=False); "
-        "ids = torch.arange(5, 15)[None]; print(json.dumps(m(input_ids=ids, use_cache=False).logits[0, -1].tolist()))"
+        "import sys, json, torch; from cpet_bench.models.loading import load_model; from cpet_bench.pet import methods\n"
+        "ids = torch.arange(5, 15)[None]\n"
+        "def answer(folder, saved):\n"
+        "    model = methods.attach_saved(load_model(folder), saved, trainable=False)\n"
+        "    return model(input_ids=ids, use_cache=False).logits[0, -1].tolist()\n"
+        "print(json.dumps([answer(sys.argv[1], saved) for saved in sys.argv[2:]]))"
     )
-    for method in METHODS:
-        place = tuned["llama", method]
-        done = subprocess.run([sys.executable, "-c", code, folders["llama"], place], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    places = [tuned["llama", method] for method in METHODS]
+    done = subprocess.run([sys.executable, "-c", code, folders["llama"], *places], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for place, theirs in zip(places, json.loads(done.stdout), strict=True):
         model = load_model(folders["llama"])
         methods.attach_saved(model, place, trainable=False)
         with torch.no_grad():
             mine = model(input_ids=torch.arange(5, 15)[None], use_cache=False).logits[0, -1]
-        torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), mine)
+        torch.testing.assert_close(torch.tensor(theirs), mine)
 
 
 def test_a_run_with_virtual_tokens(cli):

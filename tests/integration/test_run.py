@@ -127,6 +127,7 @@ def test_a_checkout_elsewhere_shares_the_store(smoke, tmp_path):
     assert not any(s["cached"] for s in plan["steps"] if s["kind"] in ("pairs", "requests", "metrics"))
 
 
+@pytest.mark.slow
 def test_same_seed_same_results(smoke, cli):
     """A second time from an empty store: the same metrics, the same outcomes, the same trained bytes."""
     only = ["--only", "compression=none,wanda24", "--only", "restoring=none,vanilla,cpet-eora"]
@@ -153,9 +154,8 @@ def _wait_for(cli: Cli, process, test, seconds: float = 120) -> None:
     raise AssertionError("it never came to that")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["ctrl-c", "sigterm"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_stopped_run_goes_on_from_its_checkpoint(cli, number):
     text = "name: slow\ntrain: {steps: 400, checkpoint_every: 100}\nprobes: {throughput: false, memory: false}\n"
     matrix = cli.matrix(text)
