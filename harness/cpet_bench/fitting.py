@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from . import registry
 from .errors import InputError, Unsupported
 from .pet import rank_limits
-from .restoring.teachers import other_tokens, vocabulary
+from .restoring.teachers import differ, other_tokens, vocabulary
 
 if TYPE_CHECKING:
     from .cells import Cell
@@ -64,7 +64,7 @@ def check_teachers(ready: Prepared) -> None:
         student, teacher = ready.plan.roles[cell.id]["model"], ready.plan.steps[roles["teacher_tune"]]
         models = [ready.plan.steps[key] for key in (student, _model_of(ready, teacher))]
         found = [vocabulary(folder) if (folder := ready.model_folder(step)) else None for step in models]
-        if None not in found and found[0] != found[1]:
+        if None not in found and differ(*found):
             error = InputError(other_tokens(cell.axes["model"], cell.teacher.axes["model"]))
             raise ready.matrix.place(error, "restoring", cell.axes["restoring"], "distill", "teacher")
 

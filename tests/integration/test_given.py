@@ -32,6 +32,7 @@ def saved(folder, tmp_path, fields):
     [
         (LORA, LORA, ""),
         (LORA, {**LORA, "init_lora_weights": "gaussian"}, ""),
+        (LORA, {**LORA, "modules_to_save": [], "rank_pattern": None}, ""),
         (LORA, {"method": "LoRA", "r": 4, "lora_alpha": 8}, ""),
         (LORA, {**LORA, "r": 16}, "r is 4, and `pet` says 16"),
         (LORA, {**LORA, "use_dora": True, "lora_alpha": 4}, "use_dora is false, and `pet` says true|lora_alpha is 8"),

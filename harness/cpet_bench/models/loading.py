@@ -86,6 +86,11 @@ def load_model(
     if method == COMPRESSED_TENSORS:
         from transformers import AutoConfig
 
+        if any(group.get("input_activations") for group in (quantised.get("config_groups") or {}).values()):
+            raise Unsupported(
+                "this model of compressed-tensors also rounds what its layers read, and that has no gradient there: take one "
+                "whose weights alone are quantised"
+            )
         # Else they stay packed, without a weight, until the whole model is run, and blocks, PET and recovery come before that.
         more["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=_trust(config))
         more["config"].quantization_config = {**quantised, "dequantize": True}

@@ -14,6 +14,7 @@ from .rewriting import as_saved
 
 # Fields that say how a fresh module starts, or what a base was called; an adapter that is loaded has started already.
 _OF_THE_START = ("init", "task_type", "inference_mode", "base_model", "revision", "total_step", "seed")
+_OF_THE_START += ("prompt_tuning_init", "tokenizer")
 
 
 def differs(folder: Path, pet: PetSettings) -> str:
@@ -27,7 +28,10 @@ def differs(folder: Path, pet: PetSettings) -> str:
         config = json.loads(Path(folder, file).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no PET adapter: {file} cannot be read") from error
-    config |= config.get("settings") or {}  # where our own methods keep theirs
+    if not isinstance(config, dict):
+        raise InputError(f"{folder} holds no PET adapter: {file} is no mapping")
+    if isinstance(config.get("settings"), dict):
+        config |= config["settings"]  # where our own methods keep theirs
     method = plain_name(str(config.get("method", ours) if ours else config.get("peft_type")))
     wanted = plain_name(pet.method)
     if method != wanted:
@@ -76,6 +80,8 @@ def check_given(folder: Path, pet: PetSettings, model: Any) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if one in (None, [], {}) and other in (None, [], {}):
+        return True
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return sorted(map(str, one)) == sorted(map(str, other))
     return one == other

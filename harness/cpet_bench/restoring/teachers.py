@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 
+def differ(one: dict[str, int], other: dict[str, int]) -> bool:
+    """Whether a token that both have is another one's id: what only one of the files lists may still be added as it is read."""
+    return any(other.get(token, i) != i for token, i in one.items())
+
+
+@lru_cache(maxsize=8)
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """Token → id, of a model folder's tokenizer files, with the added tokens; None where they do not show it."""
     try:
