@@ -8,6 +8,7 @@ from typing import Any
 from .cells import Cell
 from .errors import InputError
 from .pet.own import plain_name
+from .pet.rewriting import as_saved
 from .settings import PetSettings, TrainSettings
 
 BESIDE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")  # what LoRA trains beside its factors
@@ -19,7 +20,8 @@ def control_settings(cell: Cell) -> dict[str, Any]:
     recover = other.restoring.recover
     found = {
         "control": cell.restoring.control,
-        "pet": {"method": other.pet.method, **other.pet.fields},
+        # what is inherited of a start that was taken out of the base has twice the rank
+        "pet": {"method": other.pet.method, **(as_saved(other.pet.fields) if other.restoring.inherit else other.pet.fields)},
         "recover": {"r": recover.r} if recover else None,
     }
     if cell.restoring.control == "longer":

@@ -60,6 +60,9 @@ def test_the_layers_it_is_on(folder, tmp_path):
     assert [n for n, _ in model.named_modules()] == before
     with pytest.raises(InputError, match="holds no PET adapter"):
         check_given(tmp_path, PetSettings(**LORA), model)
+    (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(InputError, match="is no mapping"):
+        check_given(adapter, PetSettings(**LORA), model)
 
 
 def test_a_matrix_that_names_another_is_refused(cli, folder, tmp_path):

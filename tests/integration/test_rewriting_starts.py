@@ -111,6 +111,15 @@ def test_layers_that_peft_takes_for_others(folders):
         methods.attach(load_model(folders["gpt2"]), pet)
 
 
+def test_a_head_that_is_the_embeddings_is_left_alone(folders):
+    model = load_model(folders["llama"], dtype="float32")
+    before = logits(model)
+    pet = PetSettings(method="lora", r=4, target_modules=["q_proj", "lm_head"], init_lora_weights="pissa")
+    with pytest.raises(Unsupported, match="leave the head out"):
+        methods.attach(model, pet)
+    assert torch.equal(logits(model), before)
+
+
 def test_loftq_is_a_compression_here(folders):
     pet = PetSettings(method="lora", r=4, target_modules=["q_proj"], init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
     with pytest.raises(Unsupported, match="choose nf4 there"):

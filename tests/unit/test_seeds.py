@@ -143,6 +143,23 @@ def test_shares_of_the_gap_are_ratios_of_means(tmp_path, capsys):
     assert main(["gap", str(run)]) == 0 and "the gap is +0." in capsys.readouterr().out
 
 
+def test_what_was_spent_on_d_is_what_the_cell_says(tmp_path):
+    """Of a teacher that is another model, that one's; of an adapter of the user's nothing is known."""
+    run = written(tmp_path / "run", answers())
+    for path in (run / "records").glob("*--cpet--*"):
+        record = json.loads(path.read_text())
+        record["training"]["taught_by"] = {"id": "large", "flops": 7e12}
+        path.write_text(json.dumps(record))
+    (ladder,) = gaps(run)
+    assert {row.restoring: row.dense_flops for row in ladder.rows} == {"cpet": 7e12, "matched": None}
+    for path in (run / "records").glob("*--cpet--*"):
+        record = json.loads(path.read_text())
+        record["settings"]["restoring"] = {"inherit": {"from": "local:mine"}}
+        path.write_text(json.dumps(record))
+    (ladder,) = gaps(run)
+    assert {row.dense_flops for row in ladder.rows} == {None}
+
+
 def test_fiellers_interval_is_the_closed_one_where_that_is_known(tmp_path):
     """One seed: degrees of freedom do not change with the share, and its ends are the roots of a quadratic."""
     made = answers()

@@ -181,8 +181,12 @@ def _row(run: Path, records: dict[str, dict], group: list[dict], ends, name: str
     own, row = _places(run, group), _about(run, group, name, entry)
     low, high = ([(run, ends(r)[which]) for r in group] for which in (0, 1))
     restoring = group[0]["settings"].get("restoring") or {}
-    if any(restoring.get(part) is not None for part in ("inherit", "distill")):
-        row.dense_flops = sum((records[d]["training"] or {}).get("flops") or 0 for _, d in high) / len(high)
+    given = (restoring.get("inherit") or {}).get("from")  # a module of the user's, whose cost is not known
+    if restoring.get("distill") is not None or restoring.get("inherit") is not None and not given:
+        stated = [(r["training"] or {}).get("taught_by") or (r["training"] or {}).get("inherited") for r in group]
+        of_d = [(records[d]["training"] or {}).get("flops") or 0 for _, d in high]
+        spent = [(s or {}).get("flops") or d for s, d in zip(stated, of_d, strict=True)]
+        row.dense_flops = sum(spent) / len(spent)
     try:
         if len(group) > 1:
             row.above = difference_over_seeds(own, low, name, entry)

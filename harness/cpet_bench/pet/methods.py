@@ -318,6 +318,8 @@ def _inject(model: nn.Module, config, name: str, seed: int, text: str | None = N
             torch.manual_seed(seed)
             if fresh:
                 kept["wrapper"] = get_peft_model(model, config, adapter_name=name)
+                if rewrites and model.config.tie_word_embeddings and hasattr(model.get_output_embeddings(), "base_layer"):
+                    raise ValueError(f"{init} would be taken out of the embeddings, which the head shares: leave the head out")
                 if rewrites:
                     kept["start"] = {k: v.detach().clone() for k, v in _state(kept["wrapper"], name).items() if "lora_" in k}
                 if config.is_prompt_learning:
