@@ -61,8 +61,8 @@ def check_teachers(ready: Prepared) -> None:
         roles = ready.plan.roles[cell.id]
         if not cell.teacher or cell.id in ready.recorded or ready.has(roles["tune"]):
             continue
-        student, teacher = ready.plan.roles[cell.id]["model"], ready.plan.steps[roles["teacher_tune"]]
-        models = [ready.plan.steps[key] for key in (student, _model_of(ready, teacher))]
+        teacher = ready.plan.steps[roles["teacher_tune"]]
+        models = [ready.plan.steps[key] for key in (roles["model"], _model_of(ready, teacher))]
         found = [vocabulary(folder) if (folder := ready.model_folder(step)) else None for step in models]
         if None not in found and differ(*found):
             error = InputError(other_tokens(cell.axes["model"], cell.teacher.axes["model"]))

@@ -185,15 +185,14 @@ class Recorder:
         if "tune" not in found:
             return None
         facts = dict(found["tune"].facts)
-        inherited, distill = facts.get("inherited"), cell.restoring.distill
+        inherited = facts.get("inherited")
         if cell.restoring.inherit and inherited:
             facts["inherited"] = {"id": cell.dense.id, **inherited}
         else:
             facts["inherited"] = None
-        if distill and not cell.teacher:  # what was spent on the teacher's D, also where the cell starts from something else
-            facts["taught_by"] = {"id": cell.dense.id, **{k: found["dense_tune"].facts.get(k) for k in SPENT}}
-        elif distill:
-            facts["taught_by"] = {"id": cell.teacher.id, **{k: found["teacher_tune"].facts.get(k) for k in SPENT}}
+        if cell.restoring.distill:  # what was spent on the teacher's D, also where the cell starts from something else
+            teacher, role = (cell.teacher, "teacher_tune") if cell.teacher else (cell.dense, "dense_tune")
+            facts["taught_by"] = {"id": teacher.id, **{k: found[role].facts.get(k) for k in SPENT}}
         facts["peak_memory"] = self._trained(cell).costs["peak_memory"]
         return facts
 

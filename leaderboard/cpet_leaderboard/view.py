@@ -49,13 +49,14 @@ class Entry:
         return bool(own.get("simulated")) or what in (self.record.get("simulated") or [])
 
     def training(self, *path: str) -> Any:
-        part = self.record.get("training")
-        for name in path:
-            part = (part or {}).get(name)
-        return part
+        return self._at("training", *path)
 
     def restoring(self, *path: str) -> Any:
-        part = self.record["settings"].get("restoring")
+        return self._at("settings", "restoring", *path)
+
+    def _at(self, *path: str) -> Any:
+        """What stands in the record under these keys; None where one of them is missing or null."""
+        part: Any = self.record
         for name in path:
             part = (part or {}).get(name)
         return part

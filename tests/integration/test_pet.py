@@ -188,7 +188,6 @@ def test_what_is_saved_of_every_method_is_what_plain_peft_loads(folders, tmp_pat
     from peft import PeftModel
 
     from cpet_bench.doctor_tries import FIELDS
-    from cpet_bench.pet.catalogue import peft_fields
 
     bare, apart = logits(load_model(folders["llama"])), {}
     for method in peft_fields().keys() - {"multitask_prompt_tuning", "poly"}:  # theirs asks for a task's number

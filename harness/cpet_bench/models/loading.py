@@ -12,12 +12,12 @@ from ..errors import InputError, Unsupported
 _code = {"allowed": False}
 
 
+COMPRESSED_TENSORS = "compressed-tensors"  # the format of llm-compressor and vLLM
+
+
 def allow_code(allowed: bool) -> None:
     """Whether models may run Python code of their own in this process: what the matrix's `allow_code` says."""
     _code["allowed"] = allowed
-
-
-COMPRESSED_TENSORS = "compressed-tensors"  # the format of llm-compressor and vLLM
 
 
 def code_allowed() -> bool:

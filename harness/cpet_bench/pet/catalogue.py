@@ -12,7 +12,7 @@ from .own import BESIDE, OWN
 # What a field takes is what its annotation and its default say: `kinds` of values (`any`: it cannot be told, as of a class of
 # PEFT's own), `words` where only some texts are taken, `items`: kinds of a list's elements, `default` where it is a number.
 _SCRIPT = """
-import dataclasses, enum, json, sys, types, typing
+import dataclasses, enum, json, types, typing
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as kinds
 from peft.utils import constants
 
@@ -39,13 +39,13 @@ def look(of, found):
         found["kinds"].append(NAMES.get(origin or of, "any"))
 
 def fields(cls):
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:
+        hints = {}
     for field in dataclasses.fields(cls):
         found = {"kinds": [], "words": [], "items": []}
-        try:
-            of, owner = field.type, next(c for c in cls.__mro__ if field.name in vars(c).get("__annotations__", ()))
-            look(eval(of, vars(sys.modules[owner.__module__])) if isinstance(of, str) else of, found)
-        except Exception:
-            found["kinds"].append("any")
+        look(hints.get(field.name, typing.Any), found)
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

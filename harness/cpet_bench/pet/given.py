@@ -63,16 +63,16 @@ def check_given(folder: Path, pet: PetSettings, model: Any) -> None:
     from ..models.arch import block_linears
     from . import methods
 
-    found, ours = differs(folder, pet), own.saved_in(folder)
-    if not found and pet.fields.get("target_modules"):
+    found = differs(folder, pet)
+    if not found and not own.saved_in(folder) and pet.fields.get("target_modules"):
         every = {name.rpartition(".")[2] for name in block_linears(model)}
-        with safe_open(Path(folder, own.FILES[ours][1] if ours else "adapter_model.safetensors"), "pt") as file:
+        with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
             held = every & {part for name in file.keys() for part in name.split(".")}
         fresh = methods.attach(model, pet)
         trained = [name for name, p in fresh.named_parameters() if p.requires_grad]
         methods.detach(fresh)
         wanted = every & {part for name in trained for part in name.split(".")}
-        if not ours and held != wanted:
+        if held != wanted:
             both = [", ".join(sorted(kinds)) or "none of the linear layers" for kinds in (held, wanted)]
             found = f"it is on {both[0]}, and `pet` says {both[1]}"
     if found:
