@@ -136,10 +136,10 @@ for name, more in json.loads(sys.argv[5]).items():
 
 
 def test_measured_peaks_are_those_of_the_plan(tmp_path):
-    """Of a model of 30 MB in blocks of 4.7 MB, in a process of its own."""
+    """Of a model of 144 MB in blocks of 18 MB, in a process of its own: large beside the few MB that freed memory hides or adds."""
     small, large = tmp_path / "small", tmp_path / "large"
     tiny.make("llama", tiny.DEFAULTS, small)
-    tiny.make("llama", {**tiny.DEFAULTS, "hidden": 256, "intermediate": 1280, "layers": 6}, large)
+    tiny.make("llama", {**tiny.DEFAULTS, "hidden": 512, "intermediate": 2560, "layers": 8}, large)
     text = {"calibration": {"documents": 16, "max_tokens": 64}}
     how = {"magnitude": {"pattern": "2:4"}, "rtn": {"bits": 4}, "wanda": {"sparsity": 0.5, **text}}
     how["sparsegpt"] = {"sparsity": 0.5, "block": 32, **text}
@@ -152,7 +152,7 @@ def test_measured_peaks_are_those_of_the_plan(tmp_path):
     for name, peak, before, streamed in rows:
         backend = registry.get("compression", name)
         wanted = backend.memory(backend.Settings(**how[name]), size)
-        assert streamed and wanted / 2 < peak < 2 * wanted, (name, peak, wanted)
+        assert streamed and wanted / 3 < peak < 2 * wanted, (name, peak, wanted)
         assert LIBRARIES / 2 < before < 2 * LIBRARIES
     assert rows[0][1] < 0.5 * 4 * size.total and rows[1][1] < 0.5 * 4 * size.total
 
