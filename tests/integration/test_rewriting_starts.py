@@ -124,3 +124,25 @@ def test_loftq_is_a_compression_here(folders):
     pet = PetSettings(method="lora", r=4, target_modules=["q_proj"], init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
     with pytest.raises(Unsupported, match="choose nf4 there"):
         methods.attach(load_model(folders["llama"]), pet)
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
+def test_starts_that_data_make_are_unsupported_and_no_plain_lora(folders, init):
+    model = load_model(folders["llama"], dtype="float32")
+    before = logits(model)
+    with pytest.raises(Unsupported, match=f"{init} is made from a pass over data"):
+        methods.attach(model, PetSettings(method="lora", r=4, target_modules=["q_proj"], init_lora_weights=init))
+    assert torch.equal(logits(model), before) and not hasattr(model, methods._KEPT)
+
+
+def test_a_saved_eva_adapter_is_a_lora_like_any_other(folders, tmp_path):
+    """PEFT keeps its name in the file, and its factors are all there is to it."""
+    pet = PetSettings(method="lora", r=4, target_modules=["q_proj"])
+    made = methods.attach(load_model(folders["llama"], dtype="float32"), pet)
+    shake(made)
+    methods.save(made, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "eva"'))
+    assert '"eva"' in config.read_text()
+    again = methods.attach_saved(load_model(folders["llama"], dtype="float32"), tmp_path, trainable=False)
+    assert torch.equal(logits(again), logits(made))

@@ -136,7 +136,7 @@ for name, more in json.loads(sys.argv[5]).items():
 
 
 def test_measured_peaks_are_those_of_the_plan(tmp_path):
-    """Of a model of 144 MB in blocks of 18 MB, in a process of its own: large beside the few MB that freed memory hides or adds."""
+    """Of a model of 144 MB in blocks of 18 MB, in a process of its own: the few MB that freed memory hides are small there."""
     small, large = tmp_path / "small", tmp_path / "large"
     tiny.make("llama", tiny.DEFAULTS, small)
     tiny.make("llama", {**tiny.DEFAULTS, "hidden": 512, "intermediate": 2560, "layers": 8}, large)

@@ -47,6 +47,12 @@ def attach(model: nn.Module, pet: PetSettings, *, targets: dict[str, int] | None
     _check_targets(model, config)
     if targets is None:  # the ranks of a control follow from its size
         check_ranks(model, config)
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower().startswith(rewriting.NEEDS_DATA):
+        raise Unsupported(
+            f"the initialisation {init} is made from a pass over data before the module is put on, which is not made here; "
+            "pissa and olora start from the weights alone"
+        )
     text = pet.fields.get("init_text") if config.is_prompt_learning else None
     _inject(model, config, "default", seed, text)
     return model

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga")
+NEEDS_DATA = ("corda", "eva", "lora_ga")  # PEFT prepares these in functions of their own; without it takes `eva` for plain LoRA
 
 
 def rewrites(fields: dict[str, Any]) -> bool:
