@@ -1,6 +1,7 @@
 """Compressing part by part: the same files as from the whole model, a peak of few blocks, and what the plan says of it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,16 +136,30 @@ for name, more in json.loads(sys.argv[5]).items():
 """
 
 
-def test_measured_peaks_are_those_of_the_plan(tmp_path):
-    """Of a model of 144 MB in blocks of 18 MB, in a process of its own: the few MB that freed memory hides are small there."""
+@pytest.mark.parametrize(
+    ("env", "shape", "low", "high"),
+    [
+        ({"MALLOC_MMAP_THRESHOLD_": "65536"}, {"hidden": 256, "intermediate": 1280, "layers": 6}, 0.4, 1),
+        ({}, {"hidden": 512, "intermediate": 2560, "layers": 8}, 1 / 3, 2),
+    ],
+    ids=["in_use", "with_what_the_allocator_keeps"],
+)
+def test_measured_peaks_are_those_of_the_plan(env, shape, low, high, tmp_path):
+    """Of models of 29 and 144 MB in blocks of 4.7 and 18 MB, in a process of its own; low, high: shares of the plan.
+
+    glibc keeps freed memory as it happens, so that a process's peak differs twofold from run to run. What is in use shows
+    where large tensors go back to the system at once: that is repeatable to a few percent, and never above the plan.
+    """
     small, large = tmp_path / "small", tmp_path / "large"
     tiny.make("llama", tiny.DEFAULTS, small)
-    tiny.make("llama", {**tiny.DEFAULTS, "hidden": 512, "intermediate": 2560, "layers": 8}, large)
+    tiny.make("llama", tiny.DEFAULTS | shape, large)
     text = {"calibration": {"documents": 16, "max_tokens": 64}}
     how = {"magnitude": {"pattern": "2:4"}, "rtn": {"bits": 4}, "wanda": {"sparsity": 0.5, **text}}
     how["sparsegpt"] = {"sparsity": 0.5, "block": 32, **text}
     given = [str(Path(__file__).parents[1]), str(small), str(large), str(tmp_path / "out"), json.dumps(how)]
-    ended = subprocess.run([sys.executable, "-c", PEAK, *given], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK, *given], capture_output=True, text=True, timeout=300, env=os.environ | env
+    )
     assert ended.returncode == 0, ended.stderr
     rows = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
     assert [row[0] for row in rows] == list(how)
@@ -152,7 +167,7 @@ def test_measured_peaks_are_those_of_the_plan(tmp_path):
     for name, peak, before, streamed in rows:
         backend = registry.get("compression", name)
         wanted = backend.memory(backend.Settings(**how[name]), size)
-        assert streamed and wanted / 3 < peak < 2 * wanted, (name, peak, wanted)
+        assert streamed and low * wanted < peak < high * wanted, (name, peak, wanted)
         assert LIBRARIES / 2 < before < 2 * LIBRARIES
     assert rows[0][1] < 0.5 * 4 * size.total and rows[1][1] < 0.5 * 4 * size.total
 
