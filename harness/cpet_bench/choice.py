@@ -108,6 +108,7 @@ def within(plan: Plan, order: Iterable[Cell], missing: Collection[str], clock: C
     return found
 
 
+_LOOKS = 400_000  # candidates that a sample may look at: seconds
 _TUNED = ("restoring", "seed")  # axes that mean something only where something is tuned
 
 
@@ -118,25 +119,41 @@ def _names(cell: Cell) -> list[tuple[str, str]]:
 def sample(cells: list[Cell], part: float, seed: int = 0) -> set[str]:
     """Ids of a balanced part of `cells`: each name of each axis has about the share of it that it has of all cells.
 
-    What a chosen cell is compared with comes in with it and counts; the first one comes in whatever it brings. The same
-    cells, part and seed give the same choice.
+    What a chosen cell is compared with comes in with it and counts; the first one comes in whatever it brings. Of several
+    draws the most even one is taken. The same cells, part and seed give the same choice, in any process.
     """
     target = max(1, round(part * len(cells)))
     if target >= len(cells):
         return {cell.id for cell in cells}
     refers = references_of(cells)
-    by_id = {cell.id: cell for cell in cells}
     names = {cell.id: _names(cell) for cell in cells}
     whole = Counter(at for own in names.values() for at in own)
     tuned = sum(cell.pet is not None for cell in cells)
     wanted = {at: n / (tuned if at[0] in _TUNED else len(cells)) for at, n in whole.items()}
+    looked = max(32, min(len(cells), _LOOKS // target))  # candidates looked at for each place
+    rng = random.Random(seed)
+    times = max(1, min(4, _LOOKS // (looked * target)))
+    draws = [_draw(cells, target, refers, names, wanted, looked, rng) for _ in range(times)]
+    return min(draws, key=lambda draw: draw[0])[1]
+
+
+def _draw(
+    cells: list[Cell],
+    target: int,
+    refers: Mapping[str, set[str]],
+    names: Mapping[str, list[tuple[str, str]]],
+    wanted: Mapping[tuple[str, str], float],
+    looked: int,
+    rng: random.Random,
+) -> tuple[float, set[str]]:
+    """One draw of about `target` cells: how far its names are from their shares (squared differences, summed), and ids."""
+    place = {cell.id: i for i, cell in enumerate(cells)}
+    is_tuned = {cell.id: cell.pet is not None for cell in cells}
     count: Counter = Counter()
     sizes = {True: 0, False: 0}  # cells chosen so far: tuned ones, all
-    rng = random.Random(seed)
     waiting = list(cells)
     rng.shuffle(waiting)
     found: set[str] = set()
-    looked = max(32, min(len(waiting), 400_000 // target))  # candidates looked at for each place
 
     def lack(cell_id: str) -> float:
         """How much less than its share each of the cell's names has so far, summed."""
@@ -146,7 +163,7 @@ def sample(cells: list[Cell], part: float, seed: int = 0) -> set[str]:
         head = waiting[-looked:]
         best, gain = None, -math.inf
         for i, cell in enumerate(head):
-            new = {cell.id, *refers[cell.id]} - found
+            new = sorted({cell.id, *refers[cell.id]} - found, key=place.get)  # sums of floats depend on the order
             if cell.id in found or (found and len(found) + len(new) > target):
                 continue
             value = sum(map(lack, new)) / len(new)
@@ -159,9 +176,9 @@ def sample(cells: list[Cell], part: float, seed: int = 0) -> set[str]:
         cell = waiting[at]
         waiting[at] = waiting[-1]
         waiting.pop()
-        for new in sorted({cell.id, *refers[cell.id]} - found):
+        for new in {cell.id, *refers[cell.id]} - found:
             found.add(new)
             count.update(names[new])
             sizes[False] += 1
-            sizes[True] += by_id[new].pet is not None
-    return found
+            sizes[True] += is_tuned[new]
+    return sum((count[at] - share * sizes[at[0] in _TUNED]) ** 2 for at, share in wanted.items()), found

@@ -1,7 +1,11 @@
 """Which cells come first, which fit into a budget, which make up a balanced sample; limits and times as a user writes them."""
 
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import made_plans
 import pytest
@@ -144,10 +148,21 @@ def test_a_sample_is_balanced_over_every_axis(plan, part):
     assert kinds.keys() == Counter(c.axes["restoring"] for c in plan.cells).keys()
 
 
-def test_a_sample_is_the_same_for_the_same_seed_only(plan):
+def test_a_sample_is_the_same_for_the_same_seed_only(plan, tmp_path):
     assert choice.sample(plan.cells, 0.2, 1) == choice.sample(plan.cells, 0.2, 1)
     assert choice.sample(plan.cells, 0.2, 1) != choice.sample(plan.cells, 0.2, 2)
     assert choice.sample(plan.cells, 1.0) == {c.id for c in plan.cells}
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import made_plans, pathlib; from cpet_bench import choice\n"
+    program += "cells = made_plans.plan(pathlib.Path(sys.argv[2]), tasks=2, seeds=2).cells\n"
+    program += "print(sorted(choice.sample(cells, 0.2, 1)))"
+    at = [str(Path(__file__).parent), str(tmp_path)]
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program, *at], env=os.environ | {"PYTHONHASHSEED": h}, check=True, capture_output=True
+        ).stdout
+        for h in "123"
+    }  # references are sets of ids, whose order differs between processes
+    assert said == {f"{sorted(choice.sample(plan.cells, 0.2, 1))}\n".encode()}
     one = choice.sample(plan.cells, 1e-6)
     assert 1 <= len(one) <= 6  # one cell, with what it is compared with
 
