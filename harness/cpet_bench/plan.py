@@ -339,6 +339,8 @@ class Planner:
             settings["recover"] = {"r": cell.restoring.recover.r, "act": cell.restoring.recover.act}
         if cell.restoring and cell.restoring.control:
             settings["control"] = {k: v for k, v in control_settings(cell).items() if k not in ("extra_steps", "rows")}
+            if rewrites(cell.pet.fields):
+                settings["control"]["kept"] = "twice the rank"
         return fixed(settings), tuple(packages)
 
     @once("model", "compression", "pet", "restoring", "task")

@@ -74,3 +74,18 @@ def test_a_matrix_that_names_another_is_refused(cli, folder, tmp_path):
     done = cli("plan", cli.matrix(text % "theirs: {method: ia3}"))
     assert done.returncode == 2 and "restoring.mine.inherit.from: local:a is not the module that is trained" in done.stderr
     assert "it is lora, and `pet` says ia3" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_start_that_was_not_converted_is_refused_before_anything_runs(cli, folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    pissa = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "pissa"}
+    get_peft_model(load_model(folder, dtype="float32"), LoraConfig(**pissa)).save_pretrained(cli.folder / "a")
+    text = (
+        "name: given\npet: {lora: null, pissa: {method: lora, r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj], "
+        "init_lora_weights: pissa}}\nrestoring: {mine: {inherit: {from: local:a}}}\n"
+        "exclude: [{pet: none}, {compression: [none, nf4]}, {restoring: [vanilla, matched, cpet, cpet-eora]}]\n"
+    )
+    done = cli("plan", cli.matrix(text))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "pissa without what it started from" in done.stderr and "path_initial_model_for_weight_conversion" in done.stderr

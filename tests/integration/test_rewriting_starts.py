@@ -1,5 +1,7 @@
 """PiSSA and OLoRA, which start from a part of the base weights: what is kept of them is what they learned, on any base."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_pet import logits, shake
@@ -14,6 +16,7 @@ from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
 from cpet_bench.settings import PetSettings
 
+SMOKE = Path(__file__).parents[2] / "matrices/smoke.yaml"
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 MORE = {
     "pissa": {"init_lora_weights": "pissa"},
@@ -146,3 +149,31 @@ def test_a_saved_eva_adapter_is_a_lora_like_any_other(folders, tmp_path):
     assert '"eva"' in config.read_text()
     again = methods.attach_saved(load_model(folders["llama"], dtype="float32"), tmp_path, trainable=False)
     assert torch.equal(logits(again), logits(made))
+
+
+@pytest.mark.parametrize("restoring", ["vanilla", "matched"])
+def test_a_probe_measures_what_is_kept(restoring, folders, tmp_path):
+    from safetensors.torch import load_file
+
+    from cpet_bench.cells import expand
+    from cpet_bench.matrix import load_matrix
+    from cpet_bench.plan import Planner
+    from cpet_bench.steps.tuning import attach_parts
+
+    path = tmp_path / "matrix.yaml"
+    path.write_text(
+        f"extends: {SMOKE}\n"
+        "pet:\n  pissa: {method: lora, r: 2, target_modules: [q_proj], init_lora_weights: pissa}\n"
+        "restoring:\n  vanilla: {}\n  both: {recover: {r: 2}}\n  matched: {control: matched, of: both}\n"
+    )
+    matrix = load_matrix(path)
+    machine = dict.fromkeys(("device", "name", "dtype", "attention", "tf32", "threads", "tokens_per_batch"))
+    cells = [c for c in expand(matrix) if c.axes["restoring"] == restoring and c.axes["pet"] == "pissa"]
+    plan = Planner(matrix, machine).build(cells)
+    tune, probe = (plan.steps[plan.roles[cells[0].id][role]].fixed.value for role in ("tune", "probe"))
+    model = load_model(folders["llama"], dtype="float32")
+    with attach_parts(model, tune["pet"], None, tune.get("control"), seed=0):
+        methods.save(model, tmp_path / "a")
+    kept = sum(t.numel() for t in load_file(tmp_path / "a" / "adapter_model.safetensors").values())
+    with attach_parts(model, probe["pet"], None, probe.get("control"), seed=0) as deployed:
+        assert sum(p.numel() for n, p in deployed.named_parameters() if "lora_" in n) == kept

@@ -10,7 +10,7 @@ from ..errors import InputError, StepFailed
 from ..settings import PetSettings
 from . import own
 from .own import plain_name
-from .rewriting import as_saved
+from .rewriting import as_saved, without_its_start
 
 # Fields that say how a fresh module starts, or what a base was called; an adapter that is loaded has started already.
 _OF_THE_START = ("init", "task_type", "inference_mode", "base_model", "revision", "total_step", "seed")
@@ -20,7 +20,8 @@ _OF_THE_START += ("prompt_tuning_init", "tokenizer")
 def differs(folder: Path, pet: PetSettings) -> str:
     """What of `pet` the adapter in `folder` is not, in words; empty where they agree as far as its settings say.
 
-    Layers are compared where there is a model, see `check_given`. Raises InputError where the folder holds no adapter.
+    Layers are compared where there is a model, see `check_given`. Raises InputError where the folder holds no adapter, or
+    factors without the start that they were taken out of the base with.
     """
     ours = own.saved_in(folder)
     file = own.FILES[ours][0] if ours else "adapter_config.json"
@@ -36,6 +37,8 @@ def differs(folder: Path, pet: PetSettings) -> str:
     wanted = plain_name(pet.method)
     if method != wanted:
         return f"it is {method}, and `pet` says {wanted}"
+    if why := without_its_start(folder, config):
+        raise InputError(why)
     fields = pet.fields if ours else as_saved(pet.fields)
     odd = [
         f"{key} is {_shown(config[key])}, and `pet` says {_shown(value)}"

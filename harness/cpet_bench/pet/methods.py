@@ -81,11 +81,8 @@ def attach_saved(model: nn.Module, folder: Path, *, trainable: bool, name: str =
     if not weights.is_file() or not Path(folder, "adapter_config.json").is_file():
         raise InputError(f"{folder} holds no PEFT adapter (adapter_config.json and adapter_model.safetensors).")
     config = PeftConfig.from_pretrained(str(folder))
-    if rewriting.rewrites(vars(config)):
-        raise StepFailed(
-            f"The adapter in {folder} is {config.init_lora_weights} without what it started from, which its weights are no use "
-            "without: save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
-        )
+    if why := rewriting.without_its_start(folder, vars(config)):
+        raise StepFailed(why)
     # What is saved of virtual tokens is what their encoder gave; from then on they are trained themselves.
     config.inference_mode = not trainable or config.is_prompt_learning
     if config.is_prompt_learning:

@@ -12,6 +12,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -22,6 +24,16 @@ def rewrites(fields: dict[str, Any]) -> bool:
     """Whether LoRA with these fields changes the base weights as it starts."""
     init = fields.get("init_lora_weights")
     return isinstance(init, str) and init.lower().startswith(REWRITES_BASE)
+
+
+def without_its_start(folder: Path, fields: dict[str, Any]) -> str:
+    """Why the adapter in `folder`, whose configuration has these fields, cannot be used; empty where it can."""
+    if not rewrites(fields):
+        return ""
+    return (
+        f"The adapter in {folder} is {fields['init_lora_weights']} without what it started from, which its weights are no use "
+        "without: save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+    )
 
 
 def as_saved(fields: dict[str, Any]) -> dict[str, Any]:

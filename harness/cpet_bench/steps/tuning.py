@@ -22,6 +22,8 @@ def attach_parts(model, pet: dict | None, recovery: RecoverSettings | None, cont
 
     settings = PetSettings(**pet) if pet else None
     ranks = control_ranks(model, settings, control) if control and control["control"] != "wider" else None
+    if ranks and "kept" in control:  # to be measured as it is kept, not as it is trained
+        ranks = {name: 2 * r for name, r in ranks.items()}
     deployed = methods.attach(model, settings, targets=ranks, seed=seed) if settings else model
     try:
         if recovery:
