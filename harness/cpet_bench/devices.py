@@ -91,11 +91,12 @@ def workers(wanted: list[str], found: Mapping[str, Any]) -> list[str]:
     """One name per worker for what a matrix or `--devices` asks for.
 
     `auto`: every GPU, else the processor. `cpu:N`: N workers that share the processor. `cuda:0+cuda:1`: one worker that owns
-    both, for a model too large for one. InputError for what is not there, twice, or of two kinds (their numbers differ).
+    both, for a model too large for one. InputError for what is not there, twice, or of two kinds (their numbers differ); the
+    caller knows its place.
     """
 
     def wrong(message: str, given: str) -> InputError:
-        return InputError(message, key="device.devices", given=given, allowed=[*found, "auto", "cpu:N"])
+        return InputError(message, given=given, allowed=[*found, "auto", "cpu:N"])
 
     if list(wanted) == ["auto"]:
         wanted = [d for d in found if d != "cpu"] or ["cpu"]

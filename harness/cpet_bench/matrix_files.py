@@ -6,10 +6,32 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, nearest
 from .yamlpos import Document, Path_, read
 
 DEPTH = 16
+
+
+def there(path: Path) -> Path:
+    """`path`, if a file is there. InputError names files beside it that are spelt like it, or some that are in a folder."""
+    if os.path.isdir(path):
+        inside = [str(path / name) for name in _names(path)]
+        such = f", such as {', '.join(inside[:3])}" if inside else "; there is none in it"
+        raise InputError(f"{path} is a folder; a matrix is a YAML file{such}.")
+    if not os.path.isfile(path):
+        # The endings are all alike, so that only what stands before them tells names apart.
+        stems = {Path(name).stem: name for name in _names(path.parent)}
+        near = [str(path.with_name(stems[stem])) for stem in nearest(path.stem, stems)]
+        raise InputError(f"There is no matrix {path}." + (f" Did you mean {', '.join(near)}?" if near else ""))
+    return path
+
+
+def _names(folder: Path) -> list[str]:
+    """Names of the YAML files in a folder; none where it cannot be read."""
+    try:
+        return sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
+    except OSError:
+        return []
 
 
 def merged(path: Path, seen: tuple[Path, ...] = ()) -> Document:

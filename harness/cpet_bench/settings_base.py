@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 class Settings(BaseModel):
@@ -26,3 +27,8 @@ def _switch(value):
 
 def switched(cls: type[Settings]) -> Any:
     return Annotated[cls | None, BeforeValidator(_switch, json_schema_input_type=cls | bool | None)]
+
+
+def is_switched(field: FieldInfo) -> bool:
+    """Whether a field takes `true` and `false` for a part."""
+    return any(getattr(m, "func", None) is _switch for m in field.metadata)

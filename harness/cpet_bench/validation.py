@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from .errors import InputError
 from .settings import PetSettings
+from .wording import sentence
 from .yamlpos import Document, Path_
 
 NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9_.+])*")
@@ -88,7 +89,8 @@ class Reader:
             bounds = _bounds(_field_at(cls, inner))
             if " and " in bounds and first["type"].startswith(("greater_than", "less_than", "multiple_of")):
                 text = f"input should be {bounds}"
-            text = f"{text[0].lower()}{text[1:]}, not {_shown(first['input'])}"
+            shown = _shown(first["input"])
+            text = sentence(first, _field_at(cls, inner), shown) or f"{text[0].lower()}{text[1:]}, not {shown}"
         raise self.error(at, text + rest + ("." if allowed else ""), given=first["input"], allowed=allowed)
 
     def _existing(self, path: Path_) -> Path_:

@@ -4,6 +4,7 @@ import pytest
 
 from cpet_bench import devices
 from cpet_bench.errors import InputError, StepFailed, Unsupported
+from cpet_bench.prepared import prepare
 from cpet_bench.settings import DeviceSettings
 from cpet_bench.worker import describe
 
@@ -52,7 +53,20 @@ def test_workers(wanted, found, names):
 def test_wrong_workers(wanted, found, says):
     with pytest.raises(InputError, match=says) as error:
         devices.workers(wanted, found)
-    assert error.value.key == "device.devices" and "Allowed:" in str(error.value)
+    assert error.value.key is None and "Allowed:" in str(error.value)  # whoever asks knows where it stands
+
+
+@pytest.mark.parametrize("given", ["[gpu]", '["cpu:0"]', "[]"])
+def test_a_wrong_device_is_named_with_its_place(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "facts", lambda: {"devices": HOST})
+    path = tmp_path / "matrix.yaml"
+    path.write_text(f"model: {{tiny: 'tiny:llama'}}\ntask: {{movie_reviews: {{}}}}\ndevice:\n  devices: {given}\n")
+    with pytest.raises(InputError) as error:
+        prepare(path)
+    assert str(error.value).startswith(f"{path}:4: device.devices: ") and "Allowed: auto, cpu, cpu:N." in str(error.value)
+    with pytest.raises(InputError) as error:
+        prepare(path, device=["gpu"])
+    assert str(error.value).startswith("--devices: There is no device 'gpu' here.")
 
 
 def test_the_threads_of_a_processor_are_divided(monkeypatch):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import InputError
 
 
 def matrix_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +36,18 @@ def matrix_options(parser: argparse.ArgumentParser) -> None:
 def folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", help="where artifacts are kept: a folder or an fsspec URL (default: the user's cache)")
     parser.add_argument("--runs", default="runs", help="where runs are kept (default: runs)")
+
+
+def no_run(name: str, runs: Path, known: Iterable[str]) -> InputError:
+    """That there is no run `name`, with the nearest of the `known` ones in the folder `runs`."""
+    known = list(known)
+    if not known:
+        return InputError(f"There is no run {name!r}. {no_runs(runs)}")
+    return InputError(f"There is no run {name!r}.", given=name, allowed=known)
+
+
+def no_runs(runs: Path) -> str:
+    return f"There are no runs in the folder {str(runs)!r}."
 
 
 def prepared(args: argparse.Namespace):

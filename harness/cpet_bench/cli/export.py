@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from .common import no_runs
 from .leaderboard import folder
 
 
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
 def _only(cell: str, runs: Path) -> Path:
     records = list(runs.glob("*/records/*.json"))
     found = [p for p in records if p.stem == cell]
+    if not records:
+        raise InputError(f"There is no cell {cell!r}. {no_runs(runs)}")
     if not found:
         raise InputError(f"There is no cell {cell!r} in any run of {runs}.", given=cell, allowed={p.stem for p in records})
     if len(found) > 1:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from .common import no_run
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -30,4 +31,4 @@ def folder(name: str, runs: Path) -> Path:
     for found in (runs / name, Path(name)):
         if found.is_dir():
             return found
-    raise InputError(f"There is no run {name!r}.", given=name, allowed=[p.parent.name for p in runs.glob("*/records")])
+    raise no_run(name, runs, (p.parent.name for p in runs.glob("*/records")))

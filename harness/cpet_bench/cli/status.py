@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
-from .common import folders
+from .common import folders, no_run, no_runs
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +34,12 @@ def chosen(name: str | None, runs: Path) -> list[Path]:
     all_runs = sorted(p.parent for p in runs.glob("*/events.jsonl"))
     if name is None:
         if not all_runs:
-            raise InputError(f"There are no runs in {runs}.")
+            raise InputError(no_runs(runs))
         return all_runs
     for folder in (runs / name, Path(name)):
         if (folder / "events.jsonl").exists():
             return [folder]
-    raise InputError(f"There is no run {name!r}.", given=name, allowed=[p.name for p in all_runs])
+    raise no_run(name, runs, (p.name for p in all_runs))
 
 
 def status(folder: Path) -> dict:
