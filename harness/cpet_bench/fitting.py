@@ -6,12 +6,16 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from . import registry
+from .compression import narrows
 from .errors import InputError, Unsupported
-from .pet import rank_limits
+from .pet import layer_limits, rank_limits
+from .pet.needs import refuse_alone
+from .plan_select import TWO_WEIGHTS
 from .restoring.teachers import differ, other_tokens, vocabulary
 
 if TYPE_CHECKING:
     from .cells import Cell
+    from .compression.sizes import ModelSize
     from .prepared import Prepared
     from .steps import Step
 
@@ -47,7 +51,8 @@ def unfit(ready: Prepared) -> Unfit:
     for (axis, name), there in models.items():
         if all((model, axis, name) in found for model in there):
             first = found[min(there), axis, name]
-            error = InputError(f"{min(there)} cannot be {WHAT[axis][0]} so: {_said(first)}", key=getattr(first, "key", None))
+            rest = {part: getattr(first, part, None) for part in ("key", "given", "allowed")}
+            error = InputError(f"{min(there)} cannot be {WHAT[axis][0]} so: {_said(first)}", **rest)
             raise ready.matrix.place(error, axis, name)
     return {at: _said(error) for at, error in found.items()}
 
@@ -98,12 +103,30 @@ def _compression(ready: Prepared, cell: Cell) -> Unsupported | None:
 def _pet(ready: Prepared, cell: Cell) -> InputError | None:
     if cell.restoring.inherit and cell.restoring.inherit.from_:  # the module the user has, with a rank of its own
         return None
-    return _rank(ready, cell, lambda size: rank_limits.told(cell.pet, size.shapes, size.model_type))
+    try:
+        refuse_alone(cell.pet, cell.train.steps)
+    except InputError as error:
+        return error
+    before = {chosen.name for chosen in cell.compression}
+
+    def check(size: ModelSize) -> None:
+        narrower = "moefy" in before or any(map(narrows, before))
+        layer_limits.told(cell.pet, size, same_names="moefy" not in before, same_shapes=not narrower)
+        rank_limits.told(cell.pet, size.shapes, size.model_type)
+
+    return _rank(ready, cell, check)
 
 
-def _recovery(ready: Prepared, cell: Cell) -> InputError | None:
-    recover = cell.restoring.recover
-    return _rank(ready, cell, lambda size: rank_limits.refuse_recovery(recover.r, size.shapes)) if recover else None
+def _restoring(ready: Prepared, cell: Cell) -> InputError | None:
+    recover, select = cell.restoring.recover, cell.select
+
+    def check(size: ModelSize) -> None:
+        if recover:
+            rank_limits.refuse_recovery(recover.r, size.shapes)
+        if size.pairs and select and select.weight and cell.restoring.distill:
+            raise InputError(TWO_WEIGHTS)
+
+    return _rank(ready, cell, check)
 
 
 def _rank(ready: Prepared, cell: Cell, check) -> InputError | None:
@@ -120,4 +143,4 @@ def _rank(ready: Prepared, cell: Cell, check) -> InputError | None:
     return None
 
 
-_LOOKS = {"compression": ("compress", _compression), "pet": ("tune", _pet), "restoring": ("tune", _recovery)}
+_LOOKS = {"compression": ("compress", _compression), "pet": ("tune", _pet), "restoring": ("tune", _restoring)}

@@ -12,6 +12,7 @@ from . import registry
 from .compression.calibration import too_little
 from .errors import InputError
 from .matrix_files import merged
+from .pet.needs import refuse_alone
 from .settings import (
     DeviceSettings,
     LimitSettings,
@@ -327,9 +328,24 @@ def _check(matrix: Matrix, reader: Reader) -> None:
             raise reader.error((*path, "distill", "teacher", "model"), message, given=other, allowed=matrix.model)
         if restoring.parts and not tuned:
             raise reader.error(path, "nothing is tuned: the matrix has no PET method to restore")
+    if not any(r.inherit and r.inherit.from_ for r in matrix.restoring.values()):  # else each cell is asked, see fitting
+        for name, pet in matrix.pet.items():
+            try:
+                if pet is not None:
+                    refuse_alone(pet, _steps(matrix, pet))
+            except InputError as error:
+                raise matrix.place(error, "pet", name) from None
     for name, settings in matrix.model.items():
         source = registry.get("source", settings.source.partition(":")[0])
         try:
             source().check(settings, matrix.path.parent)
         except InputError as error:
             raise matrix.place(error, "model", name) from None
+
+
+def _steps(matrix: Matrix, pet: PetSettings) -> int:
+    """The steps of every training of `pet`; 0 where they differ."""
+    found = {r.train.steps for r in matrix.restoring.values() if r.train.steps is not None}
+    found |= {pet.train.steps} if pet.train.steps is not None else {t.train.steps for t in matrix.task.values()}
+    found = {matrix.train.steps if steps is None else steps for steps in found}
+    return found.pop() if len(found) == 1 else 0

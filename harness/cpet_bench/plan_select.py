@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from .plan import Planner
 
 
+TWO_WEIGHTS = (
+    "an encoder-decoder model is distilled with encoder_weight and decoder_weight, which `select` cannot choose: leave its "
+    "`weight` out there, and write both under `distill`"
+)
+
+
 def grid(select: SelectSettings, distilled: bool) -> list[dict[str, float]]:
     """The candidates: every rate, with every weight of distillation where something is distilled."""
     if not (distilled and select.weight):
@@ -35,6 +41,7 @@ def choose(planner: Planner, cell: Cell) -> str:
     for i, candidate in enumerate(candidates):
         settings, own, params, work = planner.training(cell, candidate)
         settings |= shared.value | planner.scoring.value
+        params |= {"tried": "weight"} if "weight" in candidate else {}
         own |= {"requests": requests, "tokenizer": planner.model(cell)}
         named = " ".join(f"{k} {v:g}" for k, v in candidate.items())
         label = f"try {named} for {planner.name(cell)}"

@@ -40,14 +40,18 @@ def matrix(cli, compression: str, *models):
 
 
 LAYER = r"model\.layers\.0\.(mlp|self_attn)\.\w+_proj"
+BLOCKS = r"model\.layers"
 WRONG = [
     ("backend: rtn, bits: 4, group: 48", rf"groups of 48 do not divide the width \d+ of {LAYER}; group can be 8, 16, 32, 64$"),
     ("backend: gptq, group: 128", rf"groups of 128 do not divide the width 64 of {LAYER}; group can be 16, 32, 64$"),
     ('backend: magnitude, pattern: "2:5"', rf"{LAYER} reads \d+ inputs, which 5 does not divide, so 2:5 cannot be; n:m works"),
+    ("backend: depth, drop: [7]", rf"{BLOCKS} has blocks 0 to 1; there is no block 7 to drop$"),
+    ("backend: depth, drop: [0, 1]", rf"drop \[0, 1\] drops 2 of the 2 blocks of {BLOCKS}; it must be 1 to 1$"),
+    ("backend: depth, ratio: 0.1, order: last", rf"ratio 0.1 drops 0 of the 2 blocks of {BLOCKS}; it must be 1 to 1$"),
 ]
 
 
-@pytest.mark.parametrize(("compression", "says"), WRONG, ids=["rtn", "gptq", "magnitude"])
+@pytest.mark.parametrize(("compression", "says"), WRONG, ids=[w[0] for w in WRONG])
 def test_what_no_model_can_take_is_refused_with_its_place(cli, tmp_path, compression, says):
     path = matrix(cli, compression, model(tmp_path / "small"))
     for verb in ("plan", "run"):
@@ -84,11 +88,24 @@ def test_what_one_model_cannot_take_is_a_row(cli, tmp_path):
     assert json.loads(cli("plan", path, "--json").stdout)["total"]["run"] == 0
 
 
+@pytest.mark.parametrize("compression", ["backend: depth, drop: [1]", "backend: depth, ratio: 0.5, order: last"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "t5"])
+def test_blocks_that_are_there_are_not_refused(cli, tmp_path, compression, arch):
+    path = matrix(cli, compression, model(tmp_path / "small", arch))
+    assert json.loads(cli("plan", path, "--json").stdout)["unfit"] == []
+
+
+def test_a_block_that_one_model_has_is_no_mistake(cli, tmp_path):
+    small, deep = model(tmp_path / "small"), model(tmp_path / "deep", layers=3)
+    (told,) = json.loads(cli("plan", matrix(cli, "backend: depth, drop: [2]", small, deep), "--json").stdout)["unfit"]
+    assert told["model"] == "small" and "there is no block 2 to drop" in told["reason"]
+
+
 RANKS = [
     ("pet: {p: {method: loha, r: 100000}}", "vanilla: {}", "pet.p.r: small cannot be tuned so: {l} .* at most 32, or"),
     ("pet: {p: {method: lora, r: 33, target_modules: [v_proj]}}", "vanilla: {}", "pet.p.r: small cannot be tuned so: {l} has"),
     ("pet: {p: {method: nola, r: 33}}", "vanilla: {}", "pet.p.r: small cannot be tuned so: {l} .* rank of 33"),
-    ("pet: {p: {method: adalora, init_r: 33}}", "vanilla: {}", "pet.p.init_r: small cannot be tuned so: {l} .* at most 32"),
+    ("pet: {p: {method: adalora, init_r: 33, total_step: 2}}", "vanilla: {}", "pet.p.init_r: small .* {l} .* at most 32"),
     ("pet: {p: lora}", "deep: {recover: {r: 1000}}", "deep.recover.r: small cannot be restored so: {l} .* 32[.]$"),
 ]
 
@@ -115,6 +132,43 @@ def test_a_rank_that_no_model_has_is_refused_with_its_place(cli, tmp_path, pet, 
         layer = r"model\.layers\.0\.self_attn\.[kv]_proj"
         assert done.returncode == 2 and re.search(f"matrix.yaml:{line}: .*" + says.replace("{l}", layer), told), done.stderr
     assert not (cli.folder / "runs").exists() and not (cli.folder / "store/objects").exists()
+
+
+LAYERS = [
+    ("lora, target_modules: [qproj]", "p.target_modules: .*: No module of the model is named 'qproj'.*mean q_proj"),
+    ("lora, target_modules: '.*qproj'", "p.target_modules: .*: No module of the model is named '.*qproj'"),
+    ("lora, target_modules: [q_proj], layers_to_transform: [9]", "p.layers_to_transform: .*blocks are 0 to 1; .* block 9"),
+    ("oft, oft_block_size: 24", "p.oft_block_size: .*_proj has 64 inputs, which 24 does not divide.* can be 16 or 32"),
+    ("oft, r: 5, oft_block_size: 0", "p.r: .*_proj has 64 inputs, which 5 does not divide.* can be 4 or 8"),
+]
+
+
+@pytest.mark.parametrize(("pet", "says"), LAYERS, ids=[w[0] for w in LAYERS])
+def test_layers_that_no_model_has_are_refused_with_their_place(cli, tmp_path, pet, says):
+    path = tuned(cli, f"pet: {{p: {{method: {pet}}}}}", "vanilla: {}", model(tmp_path / "small"))
+    for verb in ("plan", "run"):
+        done = cli(verb, path)
+        (told,) = done.stderr.splitlines()
+        assert done.returncode == 2 and re.search(f"matrix.yaml:4: pet.{says}", told), done.stderr
+    assert not (cli.folder / "runs").exists() and not (cli.folder / "store/objects").exists()
+
+
+def test_layers_that_one_model_has_are_no_mistake(cli, tmp_path):
+    models = model(tmp_path / "llama"), model(tmp_path / "gpt", "gpt2")
+    path = tuned(cli, "pet: {p: {method: lora, target_modules: [v_proj]}}", "vanilla: {}", *models)
+    (told,) = json.loads(cli("plan", path, "--json").stdout)["unfit"]
+    assert told["model"] == "gpt" and told["reason"] == "No module of the model is named 'v_proj'."
+
+
+def test_a_module_that_the_user_has_needs_no_number_of_its_own(cli, tmp_path):
+    """Nothing fresh is made of `pet` there."""
+    pet = "pet: {p: {method: adalora}}"
+    path = tuned(cli, pet, "mine: {inherit: {from: 'hf:nobody/nothing'}}", model(tmp_path / "small"))
+    done = cli("plan", path)
+    assert "total_step" not in done.stderr
+    path.write_text(path.read_text().replace("mine: {inherit: {from: 'hf:nobody/nothing'}}", "mine: {recover: {r: 4}}"))
+    done = cli("plan", path)
+    assert done.returncode == 2 and "matrix.yaml:4: pet.p.total_step: " in done.stderr and "write total_step: 2" in done.stderr
 
 
 @pytest.mark.slow

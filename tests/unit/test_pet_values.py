@@ -11,6 +11,7 @@ from cpet_bench.doctor_tries import FIELDS
 from cpet_bench.errors import InputError
 from cpet_bench.matrix import load_matrix
 from cpet_bench.pet.catalogue import peft_fields
+from cpet_bench.pet.needs import NAMES_ALONE
 from cpet_bench.pet.values import wrong
 
 BASE = 'name: test\nmodel:\n  tiny: {source: "tiny:llama"}\npet:\n  mine: {method: %s}\ntask:\n  movie_reviews: {limit: 10}\n'
@@ -35,7 +36,7 @@ WRONG = [
     ("lora, init_lora_weights: foo", "init_lora_weights: 'foo' is not one of these. Allowed: corda, eva, false, gaussian, "),
     ("lora, init_lora_weights: pisa", "init_lora_weights: 'pisa' is not one of these. Did you mean pissa?"),
     ("lora, init_lora_weights: 5", "init_lora_weights: 5 is not one of these."),
-    ("adalora, init_lora_weights: foo", "init_lora_weights: 'foo' is not one of these."),
+    ("adalora, init_lora_weights: foo, total_step: 4", "init_lora_weights: 'foo' is not one of these."),
     ("lora, target_modules: 5", "target_modules: it must be a text, a list (each a text) or null, not 5"),
     ("lora, target_modules: [q_proj, 5]", "target_modules.1: it must be a text, not 5"),
     ("lora, layers_to_transform: [one]", "layers_to_transform.0: it must be a whole number, not 'one'"),
@@ -54,6 +55,25 @@ WRONG = [
     ("xlora, xlora_dropout_p: 3", "xlora_dropout_p: it must be at least 0 and at most 1, not 3"),
     ("prefix_tuning, num_virtual_tokens: 0", "num_virtual_tokens: it must be at least 1, not 0"),
     ("prompt_tuning, num_virtual_tokens: 4, prompt_tuning_init: text", "'text' is not one of these. Did you mean TEXT?"),
+    ("lora, target_modules: []", "target_modules: it names no layer"),
+    ("nola, target_modules: []", "target_modules: it names no layer"),
+    ("ia3, target_modules: ''", "target_modules: it names no layer"),
+    ("lora, target_modules: (q_proj", "target_modules: a text is a regular expression of whole names here, and '(q_proj'"),
+    ("vera, target_modules: '*'", "target_modules: a text is a regular expression of whole names here, and '*' is none"),
+    ("lora, exclude_modules: (q_proj", "exclude_modules: a text is a regular expression"),
+    ("lora, target_modules: .*q_proj, layers_to_transform: [0]", "layers_to_transform: PEFT's lora takes it beside a list"),
+    ("lora, target_modules: all-linear, layers_to_transform: []", "layers_to_transform: PEFT's lora takes it beside a list"),
+    ("prompt_tuning", "num_virtual_tokens: prompt_tuning needs a number of virtual tokens"),
+    ("prefix-tuning", "num_virtual_tokens: prefix_tuning needs a number of virtual tokens"),
+    ("p_tuning, num_virtual_tokens: null", "num_virtual_tokens: p_tuning needs a number of virtual tokens"),
+    ("adalora", "total_step: AdaLoRA needs the number of steps over which it deals out its ranks: write total_step: 40"),
+    ("adalora, train: {steps: 7}", "write total_step: 7"),
+    ("adalora, total_step: 0", "total_step: it must be at least 1, not 0"),
+    ("adalora, total_step: 40, tinit: 30, tfinal: 10", "tinit: tinit (30) and tfinal (10) leave none of the 40 steps"),
+    ("adalora, total_step: 40, tfinal: 50", "tfinal: tinit (0) and tfinal (50) leave none of the 40 steps"),
+    ("oft, r: 4, oft_block_size: 16", "oft_block_size: OFT takes either r or oft_block_size: with r: 4 write oft_block_"),
+    ("oft, r: 4", "oft_block_size: OFT takes either r or oft_block_size (32 where it is not given): with r: 4"),
+    ("oft, oft_block_size: 0", "oft_block_size: OFT takes either r or oft_block_size, and one of the two"),
     ("road, variant: road_3", "variant: 'road_3' is not one of these. Did you mean road_"),
 ]
 
@@ -72,6 +92,14 @@ RIGHT = [
     "lora, lora_dropout: 1",
     "lora, target_modules: null",
     "lora, target_modules: all-linear",
+    "lora, target_modules: All-Linear",
+    "lora, target_modules: '.*(q|v)_proj'",
+    "lora, target_modules: [], target_parameters: [model.layers.0.mlp.experts.up]",
+    "lora, target_modules: [(q_proj]",
+    "loha, target_modules: .*q_proj, layers_to_transform: [0]",
+    "oft",
+    "cpt",
+    "adalora, total_step: 40, tinit: 30, tfinal: 9",
     "lora, layers_to_transform: 0",
     "lora, rank_pattern: {q_proj: 2}, alpha_pattern: {q_proj: 0.5}",
     *[f"lora, init_lora_weights: {w}" for w in ("true", "false", "pissa", "pissa_niter_4", "lora_ga", "Gaussian", "OLoRA")],
@@ -96,6 +124,25 @@ RIGHT = [
 @pytest.mark.parametrize("pet", RIGHT)
 def test_what_peft_takes_is_not_refused(pet, tmp_path):
     assert load(pet, tmp_path).pet["mine"].method == pet.partition(",")[0]
+
+
+def test_it_is_known_which_methods_take_blocks_beside_a_list_alone():
+    """As PEFT itself has it."""
+    code = (
+        "import json; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as kinds\n"
+        "known = json.loads(input()); found = []\n"
+        "for kind, cls in kinds.items():\n"
+        "    name = kind.value.lower()\n"
+        "    if 'layers_to_transform' in cls.__dataclass_fields__:\n"
+        "        try:\n"
+        "            cls(target_modules='.*q', layers_to_transform=[0], **known.get(name, {}))\n"
+        "        except ValueError as error:\n"
+        "            found += [name] if 'cannot be used when `target_modules` is a str' in str(error) else []\n"
+        "print('found', json.dumps(sorted(found)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(FIELDS) + "\n", capture_output=True, text=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    assert json.loads(line.removeprefix("found ")) == sorted(NAMES_ALONE)
 
 
 def test_neither_is_what_doctor_tries(tmp_path):

@@ -2,7 +2,9 @@
 
 import pytest
 
+from cpet_bench.compression.sizes import ModelSize
 from cpet_bench.errors import InputError
+from cpet_bench.pet import layer_limits
 from cpet_bench.pet.rank_limits import LIMITS, refuse_recovery, told
 from cpet_bench.settings import PetSettings
 
@@ -77,3 +79,77 @@ def test_recovery_names_the_narrowest_layer_and_passes_over_gates():
     refuse_recovery(32, {**SHAPES, "model.layers.0.mlp.shared_expert_gate": (64, 1)})
     with pytest.raises(InputError, match="at most 8"):
         refuse_recovery(9, {"a": (8, 8)})
+
+
+def layers_say(method, shapes=SHAPES, model_type="llama", same_names=True, same_shapes=True, **fields):
+    modules = {n.rsplit(".", k)[0] for n in shapes for k in range(n.count(".") + 1)} | {"model.norm"}
+    lists = {"model.layers" if shapes is SHAPES else "h": 2}
+    names = ("total", "blocks", "block", "layer", "outside", "largest", "depth", "width", "widest", "vocabulary", "heads")
+    numbers = dict.fromkeys(names, 1)
+    size = ModelSize(**numbers, pairs=False, shapes=shapes, model_type=model_type, modules=frozenset(modules), lists=lists)
+    try:
+        layer_limits.told(PetSettings(method=method, **fields), size, same_names=same_names, same_shapes=same_shapes)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_layers_that_are_not_there_are_told():
+    text = layers_say("lora", target_modules=["q_proj", "vproj"])
+    assert text.startswith("pet.target_modules: No module of the model is named 'vproj'. Did you mean v_proj")
+    for method in ("loha", "nola", "ln_tuning"):
+        assert "'vproj'" in layers_say(method, target_modules=["vproj"])
+    for wrong in (["mlp.q_proj"], ["layers.2.self_attn.q_proj"], ".*vproj", "q_proj"):
+        assert "No module of the model" in layers_say("lora", target_modules=wrong), wrong
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ["q_proj"],
+        ["self_attn.q_proj", "norm"],
+        ["model.layers.1.self_attn.q_proj"],
+        ["base.layers.1.self_attn.q_proj"],  # files may lack a beginning, or have another
+        ["lm_head", "embed_tokens"],  # a head may be the embeddings' table, and in no file
+        "all-linear",
+        r"model\.layers\.\d+\.self_attn\.(q|v)_proj",
+        ".*lm_head",
+        "(q_proj",
+        None,
+    ],
+)
+def test_layers_that_are_there_or_may_be_are_not(wanted):
+    assert layers_say("lora", target_modules=wanted) is None
+
+
+def test_names_that_files_and_models_may_not_share_are_left_to_the_run():
+    assert layers_say("lora", target_modules=["vproj"], model_type="unheard-of") is None
+    assert layers_say("lora", target_modules=["w1"], same_names=False) is None
+    assert layers_say("lora", {}, target_modules=["vproj"]) is None
+    assert layers_say("adaption_prompt", target_modules="attn") is None
+    assert layers_say("lora", HEADLESS, "gpt2", target_modules=r"transformer\.h\.\d+\.attn\.c_attn") is None
+    assert layers_say("lora", HEADLESS, "gpt2", target_modules=["transformer.h.1.attn.c_attn"]) is None
+    assert "'q_proj'" in layers_say("lora", HEADLESS, "gpt2", target_modules=["q_proj"])
+
+
+def test_blocks_that_are_not_there_are_told():
+    text = layers_say("lora", target_modules=["q_proj"], layers_to_transform=[9])
+    assert text == "pet.layers_to_transform: its blocks are 0 to 1; there is no block 9 to put a module on"
+    assert "no block 2" in layers_say("loha", layers_to_transform=2)
+    assert "no block 2" in layers_say("lora", HEADLESS, "gpt2", layers_to_transform=[2])
+    assert "no block 9" in layers_say("lora", layers_to_transform=[9], layers_pattern="layers")
+    for fine in (0, [1], [1, 9], [], None):
+        assert layers_say("lora", target_modules=["q_proj"], layers_to_transform=fine) is None
+    assert layers_say("loha", target_modules=".*q_proj", layers_to_transform=[9]) is None  # PEFT passes over it
+    assert layers_say("lora", target_modules=["model.layers.0.self_attn.q_proj"], layers_to_transform=[9]) is None
+
+
+def test_blocks_of_oft_fill_a_layer():
+    text = layers_say("oft", oft_block_size=24)
+    assert text.startswith("pet.oft_block_size: model.layers.0.self_attn.q_proj has 64 inputs, which 24 does not divide")
+    assert text.endswith("it can be 16 or 32.") and "32 or 64" not in layers_say("oft", oft_block_size=65)
+    assert "pet.r: " in layers_say("oft", r=5, oft_block_size=0)
+    odd = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.0.self_attn.v_proj": (48, 48)}
+    assert layers_say("oft", odd) is None  # PEFT's own number is PEFT's to change
+    assert layers_say("oft", oft_block_size=16) is None and layers_say("oft", r=4, oft_block_size=0) is None
+    assert layers_say("oft", oft_block_size=24, same_shapes=False) is None

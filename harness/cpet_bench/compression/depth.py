@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from ..errors import StepFailed, Unsupported
 from ..settings import CalibrationSettings, Settings, Share
 from .blockwise import grouped
-from .masks import check_reload, load_plain, refuse_packed, save
+from .masks import check_reload, load_plain, needs_plain, refuse_packed, save
 from .sizes import ModelSize, whole
 
 PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of a config that have an entry for every block
@@ -75,6 +75,15 @@ class Depth:
         if "moefy" in before:
             return "moefy's routers are of the blocks that it saw; put depth first"
         return refuse_packed(before)
+
+    @staticmethod
+    def fits(settings, size: ModelSize) -> None:
+        """Unsupported where a model of these sizes cannot be cut so."""
+        if size.quantised:
+            raise needs_plain("pruning", size.quantised)
+        if len(size.lists) == (2 if size.pairs else 1):  # else some of them may be no lists of blocks, as of an image's
+            for name, blocks in size.lists.items():
+                number_going(name, blocks, settings)
 
     @staticmethod
     def memory(settings, size: ModelSize) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class ModelSize:
     (hidden states), `widest` (what a layer of a block reads or gives), `vocabulary`, `heads`. pairs: whether there are an
     encoder and a decoder. shapes: (inputs, outputs) of the blocks' linear layers by name, of plain weights alone. quantised:
     the format of a model that is packed already. model_type: transformers' name of the architecture. mixture: whether it has
-    experts, whose weights lie in files otherwise than in the layers that are made of them.
+    experts, whose weights lie in files otherwise than in the layers that are made of them. modules: names of all modules that
+    have tensors. lists: by the name of a list of blocks, how many it has.
     """
 
     total: int
@@ -50,6 +52,8 @@ class ModelSize:
     quantised: str | None = None
     model_type: str = ""
     mixture: bool = False
+    modules: frozenset[str] = frozenset()
+    lists: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> ModelSize | None:
@@ -91,7 +95,27 @@ class ModelSize:
             quantised=(config.get("quantization_config") or {}).get("quant_method"),
             model_type=str(config.get("model_type", "")),
             mixture="expert" in text,
+            modules=frozenset(_modules(there)),
+            lists=_lists(by_block),
         )
+
+
+def _modules(tensors: Iterable[str]) -> Iterator[str]:
+    """Names of the modules that have these tensors, and of those that they are in."""
+    for name in tensors:
+        while "." in name:
+            name = name.rpartition(".")[0]
+            yield name
+
+
+def _lists(blocks: Iterable[str]) -> dict[str, int]:
+    """Lists of blocks by name, and how many each has, from the names of the blocks; none where some are missing."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name in blocks:
+        before, _, number = name.rpartition(".")
+        if number.isdigit():
+            found[before].add(int(number))
+    return {name: len(there) for name, there in found.items() if max(there) + 1 == len(there)}
 
 
 def _shapes(inside: dict[str, Any], transposed: bool) -> dict[str, tuple[int, int]]:

@@ -70,22 +70,32 @@ def told(pet: PetSettings, shapes: Mapping[str, tuple[int, int]], model_type: st
     fields = own_settings(method, pet.fields).model_dump() if method in OWN else pet.fields
     rank = FIELD.get(method, "r")
     r = fields.get(rank, peft_fields().get(method, {}).get(rank, {}).get("default"))
-    wanted, left = fields.get("target_modules"), fields.get("exclude_modules") or []
-    if wanted is None and not fields.get("target_parameters"):
-        wanted = usual_targets("lora" if method in OWN else method).get(model_type)
-    narrower = fields.get("modules_to_save") or fields.get("layers_to_transform") not in (None, [])
-    if r is None or not wanted or isinstance(left, str) or narrower:
-        return
+    names = None if r is None else target_names(method, fields, shapes, model_type)
     own = {} if method == "adalora" else fields.get("rank_pattern") or {}
     try:
-        names = [name for name in shapes if _is_target(name, wanted) and not _is_target(name, left)]
-        ranks = [(name, _rank_of(name, r, own), shapes[name]) for name in names]
+        ranks = [(name, _rank_of(name, r, own), shapes[name]) for name in names or ()]
     except re.error:  # no regular expression, which PEFT says
         return
     refuse_ranks(method, ranks)
 
 
-def _is_target(name: str, wanted: list[str] | str) -> bool:
+def target_names(
+    method: str, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], model_type: str
+) -> list[str] | None:
+    """Which of these layers a method with these fields is put on; None where their names in files do not tell it."""
+    wanted, left = fields.get("target_modules"), fields.get("exclude_modules") or []
+    if wanted is None and not fields.get("target_parameters"):
+        wanted = usual_targets("lora" if method in OWN else method).get(model_type)
+    narrower = fields.get("modules_to_save") or fields.get("layers_to_transform") not in (None, [])
+    if not wanted or isinstance(left, str) or narrower:
+        return None
+    try:
+        return [name for name in shapes if is_target(name, wanted) and not is_target(name, left)]
+    except re.error:  # no regular expression, which PEFT says
+        return None
+
+
+def is_target(name: str, wanted: list[str] | str) -> bool:
     """Whether PEFT takes a layer of this name for one of `wanted` (or leaves it out, where those are to be left out)."""
     if isinstance(wanted, str):
         return wanted.lower() == "all-linear" or re.fullmatch(wanted, name) is not None

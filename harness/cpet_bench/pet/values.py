@@ -19,8 +19,8 @@ _SHOWN = {
 }
 _KINDS = {int: "int", float: "float", bool: "bool", str: "str", list: "list", dict: "dict", type(None): "none"}
 
-# How many vectors there are: fewer than one is no module, whatever the method.
-_COUNTS = ("r", "init_r", "target_r", "mini_r", "subspace_rank", "num_ranks", "num_virtual_tokens", "adapter_len")
+# How many vectors there are, or steps: fewer than one is no module, whatever the method.
+_COUNTS = ("r", "init_r", "target_r", "mini_r", "subspace_rank", "num_ranks", "num_virtual_tokens", "adapter_len", "total_step")
 _PATTERNS = {  # fields that map layers to what another field is elsewhere
     "rank_pattern": "r",
     "alpha_pattern": "alpha",

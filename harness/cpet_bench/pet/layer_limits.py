@@ -1,0 +1,112 @@
+"""Layers that a PET method is to be put on and a model does not have, and OFT's blocks that do not fill a layer.
+
+Told from the files of a model alone, as ranks are (`rank_limits`). Nothing here loads torch or PEFT.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .catalogue import peft_fields, usual_targets
+from .own import plain_name
+from .rank_limits import is_target, target_names
+
+if TYPE_CHECKING:
+    from ..compression.sizes import ModelSize
+    from ..settings import PetSettings
+
+# Modules that need no tensor in a model's files: a head that shares the embeddings' table, activations, dropout.
+_WITHOUT = re.compile("head|embed|shared|wte|wpe|act|drop|rotary|output")
+_WHOLE = ("model.", "transformer.", "gpt_neox.")  # names of blocks that begin so are those that the model has
+OFT_FIELDS = ("oft_block_size", "r")
+
+
+def told(pet: PetSettings, size: ModelSize, *, same_names: bool, same_shapes: bool) -> None:
+    """InputError where `pet` names layers or blocks that a model has not, or blocks of OFT that do not fill a layer.
+
+    same_names, same_shapes: whether its compression leaves the layers their names, and their numbers of inputs.
+    """
+    method, fields = plain_name(pet.method), pet.fields
+    # Files of some models have other names than the model that is made of them.
+    usual = usual_targets("lora").get(size.model_type)
+    known = isinstance(usual, list) and bool(usual) and all(any(is_target(n, [u]) for n in size.shapes) for u in usual)
+    # Not of adaption_prompt, which takes the end of a name; of those without the field there is nothing to be told.
+    if known and same_names and method != "adaption_prompt":
+        refuse_names(fields.get("target_modules"), size)
+    refuse_indices(method, fields, size)
+    if method == "oft" and same_shapes:
+        names = target_names(method, fields, size.shapes, size.model_type)
+        inputs = ((name, size.shapes[name][0]) for name in names or ())
+        refuse_oft(fields, inputs)
+
+
+def refuse_names(wanted: list[str] | str | None, size: ModelSize) -> None:
+    """InputError for target modules of which no module of the model has the name, as far as its files tell that."""
+    if not wanted or isinstance(wanted, str) and (wanted.lower() == "all-linear" or _WITHOUT.search(wanted)):
+        return
+    if isinstance(wanted, str):
+        whole = all(name.startswith(_WHOLE) for name in size.shapes)
+        try:
+            missing = [wanted] if whole and not any(re.fullmatch(wanted, name) for name in size.modules) else []
+        except re.error:  # no regular expression, which is said elsewhere
+            return
+    else:
+        ends = {end for name in size.modules for end in _ends(name)}
+        missing = sorted(w for w in wanted if not _WITHOUT.search(w) and _within(w) not in ends)
+    if missing:
+        message = f"No module of the model is named {', '.join(map(repr, missing))}."
+        allowed = sorted({name.rpartition(".")[2] for name in size.shapes})
+        raise InputError(message, key="pet.target_modules", given=missing[0], allowed=allowed)
+
+
+def refuse_indices(method: str, fields: Mapping[str, Any], size: ModelSize) -> None:
+    """InputError where layers_to_transform names none of the blocks that there are; PEFT passes over one among others."""
+    indices, wanted = fields.get("layers_to_transform"), fields.get("target_modules")
+    if wanted is None:
+        wanted = usual_targets(method).get(size.model_type)
+    # A whole name of a layer counts whatever its block; a text does where PEFT takes both.
+    if not isinstance(wanted, list) or any(re.search(r"(^|\.)\d+\.", w) for w in wanted) or fields.get("target_parameters"):
+        return
+    asked = [indices] if isinstance(indices, int) else indices or []
+    if fields.get("layers_pattern"):
+        parts = {int(part) for name in size.modules for part in name.split(".") if part.isdigit()}
+        blocks = max(parts, default=-1) + 1
+    else:
+        blocks = max(size.lists.values(), default=0)
+    if blocks and asked and not any(0 <= i < blocks for i in asked):
+        message = f"its blocks are 0 to {blocks - 1}; there is no block {', '.join(map(str, asked))} to put a module on"
+        raise InputError(message, key="pet.layers_to_transform", given=asked[0])
+
+
+def refuse_oft(fields: Mapping[str, Any], inputs: Iterable[tuple[str, int]]) -> None:
+    """InputError where a number of OFT does not divide a layer's inputs: PEFT would take another that does, and not say so.
+
+    A number that is PEFT's default is its own to change: that one was asked for cannot be told from a configuration.
+    """
+    known = peft_fields()["oft"]
+    for key in OFT_FIELDS:
+        n = fields.get(key)
+        if not isinstance(n, int) or n < 1 or n == known[key].get("default"):
+            continue
+        for name, width in inputs:
+            if width % n:
+                fits = [i for i in range(1, width + 1) if not width % i]
+                near = [max((i for i in fits if i < n), default=1), min((i for i in fits if i > n), default=width)]
+                message = f"{name} has {width} inputs, which {n} does not divide, and PEFT would take another number"
+                raise InputError(f"{message}: it can be {' or '.join(map(str, dict.fromkeys(near)))}.", key=f"pet.{key}")
+        return
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _within(wanted: str) -> str:
+    """A target's name from its last number on: what comes before may be other in files than in the model."""
+    parts = wanted.split(".")
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] :]) if numbers else wanted
