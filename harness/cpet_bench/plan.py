@@ -21,7 +21,7 @@ from .models.sources import adapter_identity
 from .pet.given import check_local
 from .pet.own import plain_name
 from .pet.rewriting import as_saved, rewrites
-from .plan_parts import adalora_settings, content_of, control_settings, order_settings, replaces_weights
+from .plan_parts import adalora_settings, content_of, control_settings, order_settings, replaces_weights, resized
 from .plan_select import choose
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
@@ -204,7 +204,7 @@ class Planner:
             other = not isinstance(restoring.distill.teacher, str)
             settings["distill"] = restoring.distill.model_copy(update={"teacher": "dense"}) if other else restoring.distill
         if restoring.control:
-            settings["control"] = control_settings(cell)
+            settings["control"] = self._control(cell)
         elif plain_name(cell.pet.method) == "adalora":
             settings["adalora"] = self._placed(lambda: adalora_settings(cell), "pet", cell.axes["pet"], "total_step")
         if replaces_weights(cell.pet):
@@ -249,6 +249,8 @@ class Planner:
                 needs["inherit"] = self._tune(cell.dense)
         if restoring.recover and restoring.recover.init != "zero":
             needs["init"] = self._compensation(cell, restoring.recover)
+        if restoring.control:
+            needs |= self._sized(cell, params, len(cell.compression))
         if restoring.distill:
             needs["features"] = self._teacher(cell, restoring.distill)
             if restoring.distill.layers == "all":  # the teacher itself as well, should its features be too many to be kept
@@ -269,6 +271,20 @@ class Planner:
         params["compressions"] = len(cell.compression)
         dora = cell.pet.fields.get("use_dora") and any(narrows(c.name) for c in cell.compression)
         return {"dense": self.model(cell)} if dora else {}
+
+    def _control(self, cell: Cell) -> dict[str, Any]:
+        return self._placed(lambda: control_settings(cell, self.base), "restoring", cell.restoring.of, "inherit", "from")
+
+    def _sized(self, cell: Cell, params: dict[str, Any], compressions: int) -> dict[str, str]:
+        """What it takes to count what the cell that a control is matched to inherits, where fields do not say it."""
+        if not resized(cell):
+            return {}
+        given = cell.control_of.restoring.inherit.from_
+        params["compressions"] = compressions
+        if given:
+            params |= {"base": str(self.base), "of": given}
+            return {}
+        return {"of": self._tune(cell.control_of.dense)}
 
     def _teacher(self, cell: Cell, distill: DistillSettings) -> str:
         steps = cell.train.steps + (cell.dense.train.steps if cell.restoring.control == "longer" else 0)
@@ -338,17 +354,18 @@ class Planner:
         if cell.restoring and cell.restoring.recover:
             settings["recover"] = {"r": cell.restoring.recover.r, "act": cell.restoring.recover.act}
         if cell.restoring and cell.restoring.control:
-            settings["control"] = {k: v for k, v in control_settings(cell).items() if k not in ("extra_steps", "rows")}
-            if rewrites(cell.pet.fields):
-                settings["control"]["kept"] = "twice the rank"
+            settings["control"] = {k: v for k, v in self._control(cell).items() if k not in ("extra_steps", "rows")}
         return fixed(settings), tuple(packages)
 
     @once("model", "compression", "pet", "restoring", "task")
     def _probe(self, cell: Cell) -> str:
         settings, packages = self._probe_settings(cell)
+        params: dict[str, Any] = {}
         needs = {"model": self._compressed(cell) if settings.value["structure"] else self.model(cell)}
+        if cell.restoring and cell.restoring.control:
+            needs |= self._sized(cell, params, len(cell.compression) if settings.value["structure"] else 0)
         names = [str(cell.axes[k]) for k in ("model", "compression", "pet", "restoring")]
-        return self.add("probe", settings, needs, f"probe {' '.join(names)}", packages=packages)
+        return self.add("probe", settings, needs, f"probe {' '.join(names)}", params=params, packages=packages)
 
     @once("model", "task")
     def requests(self, cell: Cell, split: str | None = None, documents: int | None = None) -> tuple[str, Fixed, dict]:

@@ -7,21 +7,22 @@ from typing import Any
 
 from .cells import Cell
 from .errors import InputError
+from .models.sources import adapter_identity
 from .pet.own import plain_name
-from .pet.rewriting import as_saved
+from .pet.rewriting import as_saved, rewrites
 from .settings import PetSettings, TrainSettings
 
 BESIDE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")  # what LoRA trains beside its factors
 
 
-def control_settings(cell: Cell) -> dict[str, Any]:
+def control_settings(cell: Cell, base: Path) -> dict[str, Any]:
     """What a control is matched to: the parts of cell `of` that have parameters, and D's steps where they are added."""
     other = cell.control_of
-    recover = other.restoring.recover
+    recover, inherit = other.restoring.recover, other.restoring.inherit
     found = {
         "control": cell.restoring.control,
         # what is inherited of a start that was taken out of the base has twice the rank
-        "pet": {"method": other.pet.method, **(as_saved(other.pet.fields) if other.restoring.inherit else other.pet.fields)},
+        "pet": {"method": other.pet.method, **(as_saved(other.pet.fields) if inherit else other.pet.fields)},
         "recover": {"r": recover.r} if recover else None,
     }
     if cell.restoring.control == "longer":
@@ -31,7 +32,24 @@ def control_settings(cell: Cell) -> dict[str, Any]:
         found |= {"rows": "by seed"} if cell.seed else {}
     elif any(cell.pet.fields.get(key) for key in BESIDE) or cell.pet.fields.get("bias", "none") != "none":
         found["counts"] = "all"
+    if resized(cell):
+        found["sized"] = adapter_identity(inherit.from_, base) if inherit.from_ else "as inherited"
+    # Earlier versions gave LoRA of a random start the one of `pet`, which packed weights cannot take.
+    if rewrites(cell.pet.fields) and cell.restoring.control != "wider":
+        found["start"] = "random"
     return found
+
+
+def resized(cell: Cell) -> bool:
+    """Whether the cell a control is matched to inherits a module of another size than its fields say.
+
+    Of virtual tokens, what their encoder gave is kept; of AdaLoRA, the ranks that are left.
+    """
+    other = cell.control_of
+    if cell.restoring.control == "wider" or not other.restoring.inherit:
+        return False
+    method = plain_name(other.pet.method)
+    return method in ("adalora", "p_tuning", "multitask_prompt_tuning") or bool(other.pet.fields.get("prefix_projection"))
 
 
 def order_settings(train: TrainSettings) -> dict[str, Any]:

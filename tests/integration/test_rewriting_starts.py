@@ -10,7 +10,7 @@ from compressed import compress
 from cpet_bench.compression.bnb import BitsAndBytes
 from cpet_bench.compression.magnitude import Magnitude
 from cpet_bench.errors import StepFailed, Unsupported
-from cpet_bench.models.arch import block_linears
+from cpet_bench.models.arch import block_linears, features
 from cpet_bench.models.loading import load_model
 from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.pet import methods
@@ -177,3 +177,20 @@ def test_a_probe_measures_what_is_kept(restoring, folders, tmp_path):
     kept = sum(t.numel() for t in load_file(tmp_path / "a" / "adapter_model.safetensors").values())
     with attach_parts(model, probe["pet"], None, probe.get("control"), seed=0) as deployed:
         assert sum(p.numel() for n, p in deployed.named_parameters() if "lora_" in n) == kept
+
+
+def test_a_control_starts_at_random_where_its_method_cannot(folders, tmp_path):
+    """On packed weights, which PiSSA cannot rewrite; an inherited one is kept as LoRA, and works there."""
+    from cpet_bench.restoring.fairness import trainable_count
+    from cpet_bench.steps.tuning import attach_parts
+
+    compress(BitsAndBytes, folders["llama"], tmp_path / "nf4", type="nf4")
+    pet = {"method": "lora", "r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
+    control = {"control": "matched", "pet": pet | {"r": 8, "init_lora_weights": True}, "recover": {"r": 4}}
+    with attach_parts(model := load_model(tmp_path / "nf4"), pet, None, control, seed=0) as deployed:
+        count = trainable_count(deployed)
+    layers = block_linears(model)
+    wanted = sum(4 * sum(features(m)) for m in layers.values()) + sum(
+        8 * sum(features(m)) for name, m in layers.items() if name.endswith("q_proj")
+    )
+    assert abs(count - wanted) <= 0.01 * wanted

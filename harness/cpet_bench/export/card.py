@@ -15,11 +15,12 @@ def card(record: dict[str, Any], auto: str, *, recovery: bool, ours: str | None,
     """
     settings = record["settings"]
     library = "transformers" if ours else "peft"
-    header: dict[str, Any] = {"library_name": library, "tags": ["cpet-bench", settings["pet"]["method"]]}
+    method = "lora" if (settings["restoring"] or {}).get("control") else settings["pet"]["method"]  # a control is LoRA
+    header: dict[str, Any] = {"library_name": library, "tags": ["cpet-bench", method]}
     if settings["model"]["source"].startswith("hf:"):
         header = {"base_model": settings["model"]["source"].removeprefix("hf:"), **header}
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", f"# {record['id']}", ""]
-    what = f"{settings['pet']['method']} on {settings['model']['source']}"
+    what = f"{method} on {settings['model']['source']}"
     lines += [f"{what}, {_compression(record)}; {_restoring(record)}.", ""]
     lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, ours, base), "```", ""]
     if recovery:

@@ -37,7 +37,7 @@ def run_probe(ctx: Context) -> dict:
     from ..models.loading import load_tokenizer
     from ..probes import memory, throughput
     from ..worker import reset_peak
-    from .tuning import attach_parts
+    from .tuning import attach_parts, inherited_by_other
 
     settings = ProbeSettings.model_validate(ctx.settings["probes"])
     found = {}
@@ -46,7 +46,8 @@ def run_probe(ctx: Context) -> dict:
     with ctx.model() as model:
         pet, recover = ctx.settings["pet"], ctx.settings.get("recover")
         recovery = RecoverSettings(r=recover["r"], act=recover["act"]) if recover else None
-        with attach_parts(model, pet, recovery, ctx.settings.get("control"), seed=0) as deployed:
+        kept = inherited_by_other(ctx, model)
+        with attach_parts(model, pet, recovery, ctx.settings.get("control"), seed=0, kept=kept) as deployed:
             deployed.eval()
             if settings.throughput:
                 ctx.progress(0, 1, "speed")

@@ -10,20 +10,32 @@ from typing import Any
 
 from .. import loss_curves
 from ..errors import StepFailed, Unsupported
+from ..pet.own import plain_name
+from ..plan_select import TWO_WEIGHTS
 from ..settings import DistillSettings, PetSettings, RecoverSettings, TrainSettings
 from .context import Context
 
 
 @contextmanager
-def attach_parts(model, pet: dict | None, recovery: RecoverSettings | None, control: dict | None, *, seed: int, init=None):
-    """`model` with freshly initialised parts of a cell on it, and taken off again at the end."""
+def attach_parts(
+    model,
+    pet: dict | None,
+    recovery: RecoverSettings | None,
+    control: dict | None,
+    *,
+    seed: int,
+    init: Path | None = None,
+    kept: Path | None = None,
+):
+    """`model` with freshly initialised parts of a cell on it, and taken off again at the end. kept: see `control_ranks`."""
     from ..pet import methods
     from ..restoring import recover
 
     settings = PetSettings(**pet) if pet else None
-    ranks = control_ranks(model, settings, control) if control and control["control"] != "wider" else None
-    if ranks and "kept" in control:  # to be measured as it is kept, not as it is trained
-        ranks = {name: 2 * r for name, r in ranks.items()}
+    ranks = None
+    if control and control["control"] != "wider":
+        settings = from_random(settings)
+        ranks = control_ranks(model, settings, control, kept)
     deployed = methods.attach(model, settings, targets=ranks, seed=seed) if settings else model
     try:
         if recovery:
@@ -36,9 +48,19 @@ def attach_parts(model, pet: dict | None, recovery: RecoverSettings | None, cont
             methods.detach(deployed)
 
 
-def control_ranks(model, pet: PetSettings, control: dict) -> dict[str, int]:
+def from_random(pet: PetSettings) -> PetSettings:
+    """`pet` with a random start where its own is taken out of the base weights, which may be packed integers here."""
+    from ..pet.rewriting import rewrites
+
+    if not rewrites(pet.fields):
+        return pet
+    return PetSettings(method=pet.method, **(pet.fields | {"init_lora_weights": True}))
+
+
+def control_ranks(model, pet: PetSettings, control: dict, kept: Path | None = None) -> dict[str, int]:
     """LoRA ranks on the layers recovery sits on, with as many trainable parameters as the cell `of` has (within 1 %).
 
+    kept: the adapter that cell inherits, where the fields of its PET module do not say its size.
     What the fields of `pet` train beside LoRA's factors (DoRA's magnitudes, biases, `modules_to_save`) counts with them.
     """
     from ..models.arch import block_linears, features
@@ -46,7 +68,7 @@ def control_ranks(model, pet: PetSettings, control: dict) -> dict[str, int]:
     from ..restoring.fairness import matched_ranks, near, trainable_count
 
     shapes = {name: features(module) for name, module in block_linears(model).items()}
-    target = target_parameters(model, control)
+    target = target_parameters(model, control, kept)
     ranks, beside = matched_ranks(shapes, target), 0
     for _ in range(2):  # what stands beside may grow with the ranks
         count = trainable_count(methods.attach(model, pet, targets=ranks, seed=0))
@@ -64,13 +86,16 @@ def control_ranks(model, pet: PetSettings, control: dict) -> dict[str, int]:
     return ranks
 
 
-def target_parameters(model, control: dict) -> int:
+def target_parameters(model, control: dict, kept: Path | None = None) -> int:
     """Trainable parameters of the cell a control is matched to: its PET module's and its recovery modules'."""
     from ..models.arch import block_linears, features
     from ..pet import methods
     from ..restoring.fairness import trainable_count
 
-    other = methods.attach(model, PetSettings(**control["pet"]), seed=0)
+    if kept:
+        other = methods.attach_saved(model, kept, trainable=True)
+    else:
+        other = methods.attach(model, PetSettings(**control["pet"]), seed=0)
     count = trainable_count(other)
     methods.detach(other)
     if control["recover"]:
@@ -86,13 +111,13 @@ def run_tune(ctx: Context) -> dict:
     if recovery:
         recovery = recovery.model_copy(update={"alpha": s["recover"]["scale"] * recovery.r})
     with ctx.model(purpose="train") as model, _known_limits(ctx, model):
+        origins = _origins(ctx, model)
         start, cut = _start(ctx, model)
         if start is not None:
-            return _train_from(ctx, model, start, recovery) | cut
-        with attach_parts(
-            model, s["pet"], recovery, s.get("control"), seed=s["seed"], init=ctx.inputs.get("init")
-        ) as deployed:
-            return _train_and_save(ctx, deployed, recovery)
+            return _train_from(ctx, model, start, recovery, origins) | cut
+        parts = {"seed": s["seed"], "init": ctx.inputs.get("init"), "kept": inherited_by_other(ctx, model)}
+        with attach_parts(model, s["pet"], recovery, s.get("control"), **parts) as deployed:
+            return _train_and_save(ctx, deployed, recovery, origins)
 
 
 @contextmanager
@@ -145,6 +170,19 @@ def _start(ctx: Context, model) -> tuple[Path | None, dict]:
     return folder, facts
 
 
+def inherited_by_other(ctx: Context, model) -> Path | None:
+    """The adapter that the cell a control is matched to starts from, cut as the model was; None where it needs no look."""
+    from ..models.sources import fetch_adapter
+
+    if "of" in ctx.inputs:
+        folder = ctx.inputs["of"] / "adapter"
+    elif "of" in ctx.params:
+        folder = fetch_adapter(ctx.params["of"], Path(ctx.params["base"]), ctx.settings["control"]["sized"])
+    else:
+        return None
+    return _cut(ctx, model, folder, own="of" in ctx.params)[0]
+
+
 def _cut(ctx: Context, model, folder: Path, own: bool = False) -> tuple[Path, dict]:
     """The adapter of `folder`, trained on the dense model, as it fits the step's model, and facts of what was cut (or none).
 
@@ -181,7 +219,7 @@ def _user_adapter(ctx: Context) -> Path:
     return fetch_adapter(ctx.params["inherit"], Path(ctx.params["base"]), ctx.settings["inherit"])
 
 
-def _train_from(ctx: Context, model, start: Path, recovery: RecoverSettings | None) -> dict:
+def _train_from(ctx: Context, model, start: Path, recovery: RecoverSettings | None, origins: dict | None) -> dict:
     from ..pet import methods
     from ..restoring import recover
 
@@ -190,14 +228,14 @@ def _train_from(ctx: Context, model, start: Path, recovery: RecoverSettings | No
     try:
         if recovery:
             recover.attach_recovery(deployed, recovery, seed=ctx.settings["seed"], init=ctx.inputs.get("init"))
-        return _train_and_save(ctx, deployed, recovery)
+        return _train_and_save(ctx, deployed, recovery, origins)
     finally:
         if recovery:
             recover.detach_recovery(deployed)
         methods.detach(deployed)
 
 
-def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> dict:
+def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None, origins: dict | None) -> dict:
     from ..evaluation.pairs import read_pairs
     from ..pet import methods
     from ..restoring import recover
@@ -211,11 +249,13 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     settings = TrainSettings.model_validate({**s["train"], **rate, "checkpoint_every": ctx.params["checkpoint_every"]})
     weight = {"weight": chosen["weight"]} if "weight" in chosen else {}
     distill = DistillSettings.model_validate(s["distill"] | weight) if "distill" in s else None
+    if ctx.params.get("tried") == "weight" and model.config.is_encoder_decoder:
+        raise StepFailed(TWO_WEIGHTS)
     extra = (s.get("control") or {}).get("extra_steps", 0)
     count = trainable_count(model)
     facts: dict[str, Any] = {"steps": 0, "documents": 0, "tokens": 0, "flops": 0, "losses": [], "seconds": 0.0}
     if settings.steps + extra:
-        with _taught_by(ctx, model, distill) as teacher:
+        with _taught_by(ctx, distill, origins) as teacher:
             facts = train(
                 model,
                 read_pairs(ctx.inputs["pairs"]),
@@ -229,11 +269,13 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
                 seed=s["seed"],
             )
     methods.save(model, ctx.out / "adapter")
-    parts = {s["pet"]["method"]: count}
+    # the controls of a method are LoRA; PEFT's name, however the matrix spells it
+    name = "lora" if s.get("control") else plain_name(s["pet"]["method"])
+    parts = {name: count}
     if recovery:
         recover.save_recovery(model, ctx.out / "recovery", recovery)
         parts["recovery"] = recover.recovery_parameters(model)
-        parts[s["pet"]["method"]] -= parts["recovery"]
+        parts[name] -= parts["recovery"]
     losses = facts.pop("losses", [])
     loss_curves.write(losses, ctx.out / "losses.parquet")
     facts |= {"trainable_parameters": count, "by_part": parts, "lr": settings.lr}
@@ -247,30 +289,40 @@ def _train_and_save(ctx: Context, model, recovery: RecoverSettings | None) -> di
     return facts
 
 
+def _origins(ctx: Context, model) -> dict[str, list[int]] | None:
+    """By part of the model, the blocks that its own came from, where compression took some and `layers: all` asks for them.
+
+    Read before anything sits on its layers, whose shapes are held against what the compression notes.
+    """
+    from ..restoring.cuts import read_cuts
+    from ..restoring.layerwise import stacks
+
+    distill = ctx.settings.get("distill")
+    if not distill or distill.get("layers", "last") == "last" or distill.get("teacher") == "compressed":
+        return None
+    cuts = read_cuts(model, ctx.inputs["model"], ctx.params["compressions"])
+    return {part: sorted(cuts.blocks[name]) for part, name in stacks(model).items()} if cuts and cuts.renames else None
+
+
 @contextmanager
-def _taught_by(ctx: Context, model, distill: DistillSettings | None):
+def _taught_by(ctx: Context, distill: DistillSettings | None, origins: dict | None):
     """Arguments of `train` that say what distillation compares with: kept features, or the teacher run alongside."""
     from ..deployment import deploy
     from ..restoring import distill as distillation
-    from ..restoring.cuts import read_cuts
-    from ..restoring.layerwise import stacks
 
     features = ctx.inputs.get("features")
     if distill is None or distill.layers == "last":
         yield {"features": features}
         return
-    itself = distill.teacher == "compressed"
-    cuts = None if itself else read_cuts(model, ctx.inputs["model"], ctx.params["compressions"])
-    blocks = {part: sorted(cuts.blocks[name]) for part, name in stacks(model).items()} if cuts and cuts.renames else None
     if not distillation.alongside(features):
-        yield {"features": features, "origins": blocks}
+        yield {"features": features, "origins": origins}
         return
     with ctx.model("teacher") as other:
         folder = ctx.inputs["teacher_adapter"] / "adapter"
-        if itself:
+        if distill.teacher == "compressed":
             folder, _ = _cut(ctx, other, folder)
         with deploy(other, [folder.parent]) as teacher:
-            yield {"teacher": teacher, "origins": blocks}
+            yield {"teacher": teacher, "origins": origins}
 
 
 def run_teacher(ctx: Context) -> dict:

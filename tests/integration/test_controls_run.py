@@ -1,0 +1,100 @@
+"""Controls as they are run: the size of the cell they are matched to, whatever it inherited; what they are called; and
+layer-wise distillation on a model that lost neurons and heads."""
+
+import pytest
+
+MATRIX = """
+name: controls
+model: {tiny: {source: "tiny:llama", options: {hidden: 64, layers: 2, heads: 4, seed: 0}}}
+compression: {none: none, nf4: {backend: bitsandbytes, type: nf4}, wanda24: null}
+pet:
+  none: none
+  lora: null
+  ptuning: {method: p-tuning, num_virtual_tokens: 4}
+  adalora: {method: adalora, init_r: 4, target_r: 2, total_step: 8, tinit: 1, tfinal: 2, target_modules: all-linear}
+restoring:
+  vanilla: {}
+  inherit: {inherit: true}
+  cpet: {inherit: true, recover: {r: 4}, distill: {layers: all}}
+  cpet-eora: null
+  matched: {control: matched, of: cpet}
+  small: {control: matched, of: inherit}
+train: {steps: 8, batch: 4, documents: 48, max_tokens: 64, warmup: 2}
+task: {smoke_sentiment: {limit: 10}}
+seed: [0]
+probes: {throughput: false, memory: true}
+exclude: [{pet: none}, {compression: none}, {restoring: [vanilla, inherit]}, {pet: adalora, restoring: small}]
+"""
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    from conftest import Cli
+
+    cli = Cli(tmp_path_factory.mktemp("controls"))
+    done = cli("run", cli.matrix(MATRIX))
+    assert done.returncode == 4, done.stdout + done.stderr  # one of them cannot be, and says so
+    return {(r["axes"]["pet"], r["axes"]["restoring"]): r for r in cli.records("controls").values()}
+
+
+@pytest.mark.parametrize(
+    ("pet", "restoring", "of"),
+    [("ptuning", "matched", "cpet"), ("adalora", "matched", "cpet")],
+)
+def test_a_control_has_the_size_of_what_was_inherited(pet, restoring, of, records):
+    control, other = records[pet, restoring], records[pet, of]
+    assert control["status"] == other["status"] == "done", control["reason"] or other["reason"]
+    wanted, found = other["training"]["trainable_parameters"], control["training"]["trainable_parameters"]
+    assert abs(found - wanted) <= 0.01 * wanted
+    assert control["training"]["by_part"] == {"lora": found}  # controls are LoRA
+
+
+def test_a_control_too_small_for_any_rank_says_so(records):
+    """Four virtual tokens are fewer numbers than LoRA of rank 1 on every layer has."""
+    failed = records["ptuning", "small"]
+    assert failed["status"] != "done" and "more than the 256 to be matched" in str(failed["reason"])
+
+
+def test_methods_have_the_names_that_peft_has(records):
+    assert set(records["ptuning", "cpet"]["training"]["by_part"]) == {"p_tuning", "recovery"}
+
+
+def test_layers_all_on_a_model_that_lost_neurons_and_heads(cli):
+    matrix = """
+name: narrow
+compression: {none: none, narrow: {backend: structured, ratio: 0.25, calibration: {documents: 16}}, nf4: null, wanda24: null}
+restoring: {vanilla: {}, cpet: null, cpet-eora: null, matched: null, all: {distill: {layers: all}}}
+task: {smoke_sentiment: {limit: 10}}
+train: {steps: 3, batch: 2, documents: 8}
+seed: [0]
+probes: {throughput: false, memory: false}
+exclude: [{pet: none}, {restoring: vanilla}]
+"""
+    done = cli("run", cli.matrix(matrix))
+    record = cli.records("narrow")["tiny--narrow--lora--all--smoke_sentiment--s0"]
+    assert done.returncode == 0 and record["status"] == "done", done.stdout + done.stderr
+    assert all(row["distill"] > 0 for row in record["training"]["losses"])
+
+
+def test_weights_of_distillation_are_not_chosen_for_an_encoder_decoder(cli):
+    matrix = """
+name: pairs
+model: {tiny: {source: "tiny:t5"}}
+compression: {none: none, nf4: null, wanda24: null}
+pet: {none: null, lora: {method: lora, r: 2, target_modules: [q, v]}}
+restoring:
+  vanilla: null
+  cpet: null
+  cpet-eora: null
+  matched: null
+  taught: {distill: true, select: {lr: [1e-3, 1e-2], weight: [0.1, 10], documents: 8}}
+task: {smoke_sentiment: {limit: 10}}
+train: {steps: 1, batch: 2, documents: 8}
+seed: [0]
+probes: {throughput: false, memory: false}
+exclude: []
+"""
+    done = cli("run", cli.matrix(matrix))  # its files are not there before, so the plan cannot tell
+    assert done.returncode == 4 and "write both under `distill`" in done.stdout + done.stderr
+    done = cli("plan", cli.matrix(matrix.replace("weight: [0.1, 10]", "weight: [0.1, 9]")))
+    assert done.returncode == 2 and "restoring.taught: tiny cannot be restored so: an encoder-decoder model" in done.stderr
