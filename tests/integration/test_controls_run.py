@@ -1,8 +1,11 @@
 """Controls as they are run: the size of the cell they are matched to, whatever it inherited; what they are called; and
 layer-wise distillation on a model that lost neurons and heads."""
 
+from pathlib import Path
+
 import pytest
 
+SMOKE = Path(__file__).parents[2] / "matrices/smoke.yaml"
 MATRIX = """
 name: controls
 model: {tiny: {source: "tiny:llama", options: {hidden: 64, layers: 2, heads: 4, seed: 0}}}
@@ -15,7 +18,7 @@ pet:
 restoring:
   vanilla: {}
   inherit: {inherit: true}
-  cpet: {inherit: true, recover: {r: 4}, distill: {layers: all}}
+  cpet: {inherit: true, recover: {r: 4}}
   cpet-eora: null
   matched: {control: matched, of: cpet}
   small: {control: matched, of: inherit}
@@ -37,6 +40,7 @@ def records(tmp_path_factory):
     return {(r["axes"]["pet"], r["axes"]["restoring"]): r for r in cli.records("controls").values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pet", "restoring", "of"),
     [("ptuning", "matched", "cpet"), ("adalora", "matched", "cpet")],
@@ -49,12 +53,14 @@ def test_a_control_has_the_size_of_what_was_inherited(pet, restoring, of, record
     assert control["training"]["by_part"] == {"lora": found}  # controls are LoRA
 
 
+@pytest.mark.slow
 def test_a_control_too_small_for_any_rank_says_so(records):
     """Four virtual tokens are fewer numbers than LoRA of rank 1 on every layer has."""
     failed = records["ptuning", "small"]
     assert failed["status"] != "done" and "more than the 256 to be matched" in str(failed["reason"])
 
 
+@pytest.mark.slow
 def test_methods_have_the_names_that_peft_has(records):
     assert set(records["ptuning", "cpet"]["training"]["by_part"]) == {"p_tuning", "recovery"}
 
@@ -98,3 +104,43 @@ exclude: []
     assert done.returncode == 4 and "write both under `distill`" in done.stdout + done.stderr
     done = cli("plan", cli.matrix(matrix.replace("weight: [0.1, 10]", "weight: [0.1, 9]")))
     assert done.returncode == 2 and "restoring.taught: tiny cannot be restored so: an encoder-decoder model" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ptuning", "adalora"])
+def test_what_is_inherited_is_counted(name, tmp_path):
+    """In small: the plan brings D to the control and its probe, and what D's file holds is the size that is matched."""
+    from cpet_bench.cells import expand
+    from cpet_bench.matrix import load_matrix
+    from cpet_bench.models.arch import block_linears, features
+    from cpet_bench.models.loading import load_model
+    from cpet_bench.models.tiny import DEFAULTS, make
+    from cpet_bench.pet import methods
+    from cpet_bench.plan import Planner
+    from cpet_bench.restoring.fairness import trainable_count
+    from cpet_bench.settings import PetSettings
+    from cpet_bench.steps.tuning import attach_parts
+
+    path = tmp_path / "matrix.yaml"
+    path.write_text(f"extends: {SMOKE}\n{MATRIX}")
+    matrix = load_matrix(path)
+    machine = dict.fromkeys(("device", "name", "dtype", "attention", "tf32", "threads", "tokens_per_batch"))
+    cells = [c for c in expand(matrix) if c.axes["pet"] == name and c.axes["restoring"] in ("matched", "cpet")]
+    plan = Planner(matrix, machine).build(cells)
+    roles = {c.axes["restoring"]: plan.roles[c.id] for c in cells}
+    tune, probe = (plan.steps[roles["matched"][role]] for role in ("tune", "probe"))
+    assert tune.needs["of"] == probe.needs["of"] == plan.steps[roles["cpet"]["tune"]].needs["inherit"]
+    make("llama", {**DEFAULTS, "hidden": 64}, tmp_path / "m")
+    model = load_model(tmp_path / "m", dtype="float32")
+    pet = tune.fixed.value["pet"]
+    methods.attach(model, PetSettings(**pet | ({"init_r": 2} if name == "adalora" else {})))  # as if ranks had gone
+    methods.save(model, tmp_path / "d")
+    methods.detach(model)
+    inherited = trainable_count(methods.attach_saved(model, tmp_path / "d", trainable=True))
+    methods.detach(model)
+    control = tune.fixed.value["control"]
+    with attach_parts(model, pet, None, control, seed=0, kept=tmp_path / "d") as deployed:
+        found = trainable_count(deployed)
+    wanted = inherited + sum(4 * sum(features(m)) for m in block_linears(model).values())
+    assert abs(found - wanted) <= 0.01 * wanted
+    with attach_parts(model, pet, None, control, seed=0) as deployed:
+        assert trainable_count(deployed) > 1.1 * wanted  # what its fields alone would have said
