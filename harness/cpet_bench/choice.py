@@ -125,7 +125,9 @@ def sample(cells: list[Cell], part: float, seed: int = 0) -> set[str]:
     target = max(1, round(part * len(cells)))
     if target >= len(cells):
         return {cell.id for cell in cells}
-    refers = references_of(cells)
+    place, refers = {cell.id: i for i, cell in enumerate(cells)}, references_of(cells)
+    # In one order: what is summed over them depends on it, and sets of ids have another in each process.
+    brings = {cell.id: sorted({cell.id, *refers[cell.id]}, key=place.get) for cell in cells}
     names = {cell.id: _names(cell) for cell in cells}
     whole = Counter(at for own in names.values() for at in own)
     tuned = sum(cell.pet is not None for cell in cells)
@@ -133,21 +135,20 @@ def sample(cells: list[Cell], part: float, seed: int = 0) -> set[str]:
     looked = max(32, min(len(cells), _LOOKS // target))  # candidates looked at for each place
     rng = random.Random(seed)
     times = max(1, min(4, _LOOKS // (looked * target)))
-    draws = [_draw(cells, target, refers, names, wanted, looked, rng) for _ in range(times)]
+    draws = [_draw(cells, target, brings, names, wanted, looked, rng) for _ in range(times)]
     return min(draws, key=lambda draw: draw[0])[1]
 
 
 def _draw(
     cells: list[Cell],
     target: int,
-    refers: Mapping[str, set[str]],
+    brings: Mapping[str, list[str]],
     names: Mapping[str, list[tuple[str, str]]],
     wanted: Mapping[tuple[str, str], float],
     looked: int,
     rng: random.Random,
 ) -> tuple[float, set[str]]:
     """One draw of about `target` cells: how far its names are from their shares (squared differences, summed), and ids."""
-    place = {cell.id: i for i, cell in enumerate(cells)}
     is_tuned = {cell.id: cell.pet is not None for cell in cells}
     count: Counter = Counter()
     sizes = {True: 0, False: 0}  # cells chosen so far: tuned ones, all
@@ -163,7 +164,7 @@ def _draw(
         head = waiting[-looked:]
         best, gain = None, -math.inf
         for i, cell in enumerate(head):
-            new = sorted({cell.id, *refers[cell.id]} - found, key=place.get)  # sums of floats depend on the order
+            new = [other for other in brings[cell.id] if other not in found]
             if cell.id in found or (found and len(found) + len(new) > target):
                 continue
             value = sum(map(lack, new)) / len(new)
@@ -176,7 +177,7 @@ def _draw(
         cell = waiting[at]
         waiting[at] = waiting[-1]
         waiting.pop()
-        for new in {cell.id, *refers[cell.id]} - found:
+        for new in set(brings[cell.id]) - found:
             found.add(new)
             count.update(names[new])
             sizes[False] += 1

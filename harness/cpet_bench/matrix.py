@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny
 from . import registry
 from .compression.calibration import too_little
 from .errors import InputError
-from .matrix_files import merged
+from .matrix_files import merged, there
 from .pet.needs import refuse_alone
 from .settings import (
     DeviceSettings,
@@ -111,9 +111,7 @@ class Matrix(Settings):
 
 def load_matrix(path: Path, only: list[str] | None = None) -> Matrix:
     """Read, merge with what it extends, and check a matrix. Raises InputError with file, line and key."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no matrix {path}.", given=path.name, allowed=_matrices(path.parent))
+    path = there(Path(path))
     document = merged(path)
     reader = Reader(document)
     raw = reader.mapping((), document.data, "a matrix is a mapping (model: ..., task: ...)")
@@ -142,13 +140,6 @@ def load_matrix(path: Path, only: list[str] | None = None) -> Matrix:
     }
     _check(matrix, reader)
     return matrix
-
-
-def _matrices(folder: Path) -> list[str]:
-    try:
-        return [p.name for p in sorted(folder.glob("*.yaml"))][:20]
-    except OSError:
-        return []
 
 
 def _name(reader: Reader, raw: dict, path: Path) -> str:

@@ -18,7 +18,6 @@ from .fitting import Unfit, check_teachers, unfit
 from .folders import read_json
 from .known_rates import known_rates
 from .matrix import Matrix, load_matrix
-from .matrix_files import there
 from .plan import Plan, Planner
 from .settings import seconds_of
 from .steps import Step
@@ -145,7 +144,7 @@ def prepare(
     sample: a balanced part of the cells, as in `20%`; budget: the time to spend, as in `2h`. What these two leave out is
     pending in the records. rates: runs whose records state choices of rates that hold here too.
     """
-    matrix = path if isinstance(path, Matrix) else load_matrix(there(Path(path)), only=list(only))
+    matrix = path if isinstance(path, Matrix) else load_matrix(Path(path), only=list(only))
     chosen = [cell for cell in expand(matrix) if cells is None or cell.id in cells]
     settings = matrix.device if device is None else matrix.device.model_copy(update={"devices": device})
     try:

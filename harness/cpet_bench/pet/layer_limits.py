@@ -54,12 +54,10 @@ def refuse_names(wanted: list[str] | str | None, size: ModelSize) -> None:
         except re.error:  # no regular expression, which is said elsewhere
             return
     else:
-        ends = {end for name in size.modules for end in _ends(name)}
+        ends = name_ends(size.modules)
         missing = sorted(w for w in wanted if not _WITHOUT.search(w) and _within(w) not in ends)
     if missing:
-        message = f"No module of the model is named {', '.join(map(repr, missing))}."
-        allowed = sorted({name.rpartition(".")[2] for name in size.shapes})
-        raise InputError(message, key="pet.target_modules", given=missing[0], allowed=allowed)
+        raise not_named(missing, size.shapes)
 
 
 def refuse_indices(method: str, fields: Mapping[str, Any], size: ModelSize) -> None:
@@ -100,9 +98,16 @@ def refuse_oft(fields: Mapping[str, Any], inputs: Iterable[tuple[str, int]]) -> 
         return
 
 
-def _ends(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+def name_ends(names: Iterable[str]) -> set[str]:
+    """What target modules may be called: the names of modules from any of their parts on."""
+    return {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
+
+
+def not_named(missing: list[str], layers: Iterable[str]) -> InputError:
+    """That no module has the names `missing`; layers: names of those that there are."""
+    message = f"No module of the model is named {', '.join(map(repr, missing))}."
+    allowed = sorted({name.rpartition(".")[2] for name in layers})
+    return InputError(message, key="pet.target_modules", given=missing[0], allowed=allowed)
 
 
 def _within(wanted: str) -> str:

@@ -18,6 +18,7 @@ from ..errors import InputError, StepFailed, Unsupported
 from ..models.arch import block_linears
 from ..settings import PetSettings
 from . import own, prompts, rewriting
+from .layer_limits import name_ends, not_named
 from .own import OWN, plain_name
 
 _KEPT = "_cpet_pet"  # attribute of the model that holds PEFT's wrapper and what was there before
@@ -276,16 +277,10 @@ def _check_targets(model: nn.Module, config) -> None:
     if isinstance(wanted, str):
         missing = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
     else:
-        ends = {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
+        ends = name_ends(names)
         missing = sorted(t for t in wanted if t not in ends)
     if missing:
-        allowed = {name.rpartition(".")[2] for name in block_linears(model)}
-        raise InputError(
-            f"No module of the model is named {', '.join(map(repr, missing))}.",
-            key="pet.target_modules",
-            given=missing[0],
-            allowed=allowed,
-        )
+        raise not_named(missing, block_linears(model))
 
 
 def _is_packed(module: nn.Module) -> bool:
