@@ -17,7 +17,7 @@ from cpet_bench.models.tiny import DEFAULTS, make
 from cpet_bench.restoring import distill as distillation
 from cpet_bench.settings import DistillSettings, TrainSettings
 from cpet_bench.steps.context import Context
-from cpet_bench.steps.tuning import _taught_by, run_teacher, run_tune
+from cpet_bench.steps.tuning import _origins, run_teacher, run_tune
 from cpet_bench.store import Store
 
 ALL = DistillSettings(layers="all", weight=0.6, encoder_weight=0.4, decoder_weight=0.3)
@@ -153,8 +153,8 @@ def test_through_the_command_line_and_again_with_the_teacher_alongside(cli, tmp_
         training = record["training"]
         assert all(x["distill"] > 0 for x in training["losses"])
         tune = again(store, record["provenance"]["keys"]["tune"], tmp_path / name)
-        with tune.model() as model, _taught_by(tune, model, DistillSettings.model_validate(tune.settings["distill"])) as how:
-            assert how["origins"] == ({"last": [1]} if name == "all" else None)
+        with tune.model() as model:
+            assert _origins(tune, model) == ({"last": [1]} if name == "all" else None)
         features = again(store, tune.keys["features"], tmp_path / f"{name}-features")
         assert run_teacher(features)["alongside"]
         tune.inputs["features"] = features.out
