@@ -71,7 +71,9 @@ class Reader:
         first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
         at = self._existing((*path, *first["loc"]))
         inner = first["loc"]
-        rest = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        # One mistake is a problem for each member of a union.
+        more_of = {self._existing((*path, *p["loc"])) for p in problems} - {at}
+        rest = f" (and {len(more_of)} more problem{'s' * (len(more_of) > 1)})" if more_of else ""
         if first["type"] == "extra_forbidden":
             allowed = [*names_of(_class_at(cls, inner[:-1])), *(more if len(inner) == 1 else ())]
             raise self.error(at, f"there is no setting of this name{rest}.", given=inner[-1], allowed=allowed)
@@ -81,6 +83,8 @@ class Reader:
             text = f"{_shown(first['input'])} is not one of these"
             if not allowed:  # numbers
                 text, allowed = f"{_shown(first['input'])} is not one of {first['ctx']['expected']}", None
+            elif other := _class_at(cls, inner):  # a mapping can stand there as well
+                allowed.append("{" + ", ".join(f"{name}: ..." for name in names_of(other)) + "}")
         elif first["type"] == "missing":
             at = (*at, str(inner[-1])) if at[-1:] != (inner[-1],) else at
             bounds = _bounds(_field_at(cls, inner))

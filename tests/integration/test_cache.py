@@ -131,6 +131,8 @@ def test_prune_keeps_pins_and_drops_the_least_recently_used_first(copied, cli):
     times = {pinned: 1000, old: 2000, young: 3000}
     for key in before:
         os.utime(copied._object(key) + "/manifest.json", (t := times.get(key, 10_000), t))
+    wrong = cli("cache", "pin", "zz")
+    assert wrong.returncode == 2 and "begins with 'zz'" in wrong.stderr and "Allowed: " in wrong.stderr
     assert cli("cache", "pin", pinned[:12]).returncode == 0
     listed = cli("cache", "ls").stdout
     assert f"{pinned} " in listed and [x for x in listed.splitlines() if x.startswith(pinned)][0].endswith("pinned")
@@ -144,7 +146,7 @@ def test_prune_keeps_pins_and_drops_the_least_recently_used_first(copied, cli):
     wrong = cli("cache", "prune", "--quota", "much")
     assert wrong.returncode == 2 and "no size" in wrong.stderr
     wrong = cli("cache", "pin", "zz")
-    assert wrong.returncode == 2 and "begins with 'zz'" in wrong.stderr
+    assert wrong.returncode == 2 and "store is empty" in wrong.stderr
 
 
 def test_a_pruned_store_recomputes_what_is_needed_and_no_more(copied, cli, smoke):

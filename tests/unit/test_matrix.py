@@ -61,6 +61,8 @@ MISTAKES = [
     ("a name that is a path", "  nf4: {", "  ../nf4: {", "compression.../nf4", "cannot be a name", 6),
     ("control of nothing", "of: cpet", "of: cpat", "restoring.matched.of", "Did you mean cpet", 13),
     ("control alone", "control: matched, of: cpet", "control: matched", "restoring.matched", "go together", 13),
+    ("one of a union", "distill: true", "distill: {teacher: 3}", "restoring.cpet.distill.teacher", "dense, {model: ...}.", 12),
+    ("two mistakes", "train: {lr: 1e-3}", "train: {lr: 0, steps: -1}", "train.steps", "(and 1 more problem)", 17),
     ("source", "tiny:llama", "tiny:lama", "model.tiny.source", "Did you mean llama", 3),
     ("source kind", "tiny:llama", "tini:llama", "model.tiny.source", "Did you mean tiny", 3),
     ("source option", '"tiny:llama"', '"tiny:llama", file: x', "model.tiny.file", "takes no file", 3),

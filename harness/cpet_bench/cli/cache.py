@@ -50,7 +50,8 @@ def matching(store: Store, beginnings: list[str]) -> list[str]:
     for text in beginnings:
         hits = [k for k in keys if k.startswith(text)]
         if not hits:
-            raise InputError(f"No artifact has a key that begins with {text!r}.", given=text, allowed=keys[:24])
+            message = f"No artifact has a key that begins with {text[:80]!r}." if keys else "The store is empty."
+            raise InputError(message, given=text, allowed=keys or None)
         found.extend(hits)
     return found
 
