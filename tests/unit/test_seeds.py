@@ -152,6 +152,14 @@ def test_what_was_spent_on_d_is_what_the_cell_says(tmp_path):
         path.write_text(json.dumps(record))
     (ladder,) = gaps(run)
     assert {row.restoring: row.dense_flops for row in ladder.rows} == {"cpet": 7e12, "matched": None}
+    for other, flops in (("large", 9e12), ("d", 2e12)):  # its own D is paid as well, unless that is the teacher
+        for path in (run / "records").glob("*--cpet--*"):
+            record = json.loads(path.read_text())
+            taught = {"id": other, "flops": 7e12 if other == "large" else 2e12}
+            record["training"] |= {"inherited": {"id": "d", "flops": 2e12}, "taught_by": taught}
+            path.write_text(json.dumps(record))
+        (ladder,) = gaps(run)
+        assert {row.restoring: row.dense_flops for row in ladder.rows} == {"cpet": flops, "matched": None}
     for path in (run / "records").glob("*--cpet--*"):
         record = json.loads(path.read_text())
         record["settings"]["restoring"] = {"inherit": {"from": "local:mine"}}
@@ -218,6 +226,24 @@ def test_what_has_no_vanilla_cell_is_left_out(tmp_path, capsys):
     none = written(tmp_path / "none", {k: v for k, v in made.items() if k[1] != "vanilla" or k[0] == "none"})
     with pytest.raises(InputError, match="no compressed cell beside both"):
         gaps(none)
+
+
+def test_vanilla_with_training_of_its_own_is_a_row(tmp_path):
+    """It has no part either, and is measured against the vanilla that it refers to; where that is missing it is left out."""
+    made = answers()
+    run = written(tmp_path / "run", made)
+    (before,) = gaps(run)
+    for path in (run / "records").glob("*--matched--*"):
+        record = json.loads(path.read_text())
+        record["settings"]["restoring"] = {"train": {"steps": 80}}
+        path.write_text(json.dumps(record))
+    (ladder,) = gaps(run)
+    assert ladder.low.restoring == "vanilla" and ladder.low.seeds == [0, 1, 2] and ladder.low.value == before.low.value
+    assert ladder.gap == before.gap and {r.restoring: r.share for r in ladder.rows} == {r.restoring: r.share for r in before.rows}
+    gone = next((run / "records").glob("*--nf4--lora--vanilla--*--s1.json"))
+    gone.unlink()
+    (ladder,) = gaps(run)
+    assert ladder.low.seeds == [0, 2] and {r.restoring: r.seeds for r in ladder.rows} == {"cpet": [0, 2], "matched": [0, 2]}
 
 
 def test_the_gap_is_of_all_seeds_of_its_ends(tmp_path):

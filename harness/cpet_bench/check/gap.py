@@ -20,9 +20,9 @@ class Row:
     """One way of tuning: its metric (a mean over seeds), what that is worth, and what it trained.
 
     above: minus vanilla, signed so that more is better. share: of the gap, where there is one. trained, flops and seconds: a
-    mean over seeds, of the cell alone. dense_flops: those of the D that it starts from or is taught by. per_million and
-    per_tflop: the share, in percent, divided by millions of trained parameters and by 10^12 operations of training, D's
-    included; None where nothing was trained or there is no share.
+    mean over seeds, of the cell alone. dense_flops: those of D, which it starts from or is taught by, and of the D of another
+    model that teaches it. per_million and per_tflop: the share, in percent, divided by millions of trained parameters and by
+    10^12 operations of training, those of dense_flops included; None where nothing was trained or there is no share.
     """
 
     pet: str
@@ -100,9 +100,13 @@ def _ladder(run: Path, records: dict[str, dict], key: tuple, cells: list[dict], 
         known = found and found["value"] is not None and found["higher_is_better"] is not None
         return bool(known) and isfinite(found["value"])
 
+    # Of several restorings without a part (one with a `train` of its own), vanilla is the one that the others refer to.
+    referred = [records[v] for r in cells if (v := r["references"].get("vanilla")) in records]
+    plain = next((r["axes"]["restoring"] for r in referred), None)
+
     def ends(record: dict) -> tuple[str | None, str | None]:
         others = record["references"]
-        own = is_vanilla(record["settings"].get("restoring"))
+        own = is_vanilla(record["settings"].get("restoring")) and plain in (None, record["axes"]["restoring"])
         return record["id"] if own else others.get("vanilla"), others.get("dense_pet")
 
     whole = [r for r in cells if has(r["id"]) and all(map(has, ends(r)))]
@@ -183,9 +187,8 @@ def _row(run: Path, records: dict[str, dict], group: list[dict], ends, name: str
     restoring = group[0]["settings"].get("restoring") or {}
     given = (restoring.get("inherit") or {}).get("from")  # a module of the user's, whose cost is not known
     if restoring.get("distill") is not None or restoring.get("inherit") is not None and not given:
-        stated = [(r["training"] or {}).get("taught_by") or (r["training"] or {}).get("inherited") for r in group]
         of_d = [(records[d]["training"] or {}).get("flops") or 0 for _, d in high]
-        spent = [(s or {}).get("flops") or d for s, d in zip(stated, of_d, strict=True)]
+        spent = [_spent(r["training"] or {}) or d for r, d in zip(group, of_d, strict=True)]
         row.dense_flops = sum(spent) / len(spent)
     try:
         if len(group) > 1:
@@ -200,3 +203,9 @@ def _row(run: Path, records: dict[str, dict], group: list[dict], ends, name: str
     except Incomparable as error:
         row.note = str(error)
     return row
+
+
+def _spent(training: dict[str, Any]) -> float:
+    """Operations of the modules that a cell starts from and is taught by, each once; 0 where its record does not say."""
+    stated = [training.get(part) or {} for part in ("inherited", "taught_by")]
+    return sum({s.get("id"): s.get("flops") or 0 for s in stated}.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, StopError
+from ..models.loading import beyond_transformers
 from ..pet import own
 from ..records import read_record
 from ..results.clean import clean_record
@@ -28,7 +29,8 @@ def export(run: Path, cell: str, to: Path, *, store: str | None = None, base: bo
         store: where the artifacts are (default: the user's cache). base: write the compressed model too, as `base/`.
         merged: write the model with the modules merged into its weights too, as `merged/`.
 
-    Raises InputError for a cell that has no modules, is not in the store, or cannot be merged; StopError for the disk.
+    Raises InputError for a cell that has no modules, is not in the store, or cannot be merged; StopError for the disk. Nothing
+    is left in `to` then.
     """
     record = clean_record(_record(Path(run), cell))  # what is exported goes to others: no paths of this machine
     found, to = Store(store), Path(to)
@@ -42,7 +44,9 @@ def export(run: Path, cell: str, to: Path, *, store: str | None = None, base: bo
         why = refuse(record, tuned)
         if why:
             raise InputError(f"{cell} cannot be merged: {why}", key="--merged")
-    model = _artifact(found, keys.get("compress", keys["model"]), cell) if base or merged else None
+    model = _model(found, keys.get("compress", keys["model"]), cell, needed=base or merged)
+    odd = beyond_transformers(model) if model else _by_backend(record)
+    there = to.exists()
     try:
         to.mkdir(parents=True, exist_ok=True)
         for file in sorted((tuned / "adapter").iterdir()):
@@ -63,13 +67,24 @@ def export(run: Path, cell: str, to: Path, *, store: str | None = None, base: bo
 
             merge(model, tuned, to / "merged")
         (to / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-        (to / "README.md").write_text(_card(to, record, base=base, merged=merged))
-    except OSError as error:
-        raise StopError(f"Cannot write {to}: {error.strerror or error}.") from error
+        (to / "README.md").write_text(_card(to, record, base=base, merged=merged, odd=odd))
+    except BaseException as error:
+        _clear(to, there)
+        if isinstance(error, OSError):
+            raise StopError(f"Cannot write {to}: {error.strerror or error}.") from error
+        raise
     return sorted(p.relative_to(to).as_posix() for p in to.rglob("*") if p.is_file())
 
 
-def _card(to: Path, record: dict[str, Any], **parts: bool) -> str:
+def _clear(to: Path, there: bool) -> None:
+    """Take away what was written to `to`, which was empty; and itself, unless it was there before."""
+    for path in to.iterdir() if to.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    if not there and to.is_dir():
+        to.rmdir()
+
+
+def _card(to: Path, record: dict[str, Any], **parts: Any) -> str:
     ours = own.saved_in(to)
     about = to / (own.FILES[ours][0] if ours else "adapter_config.json")
     auto = "AutoModelForSeq2SeqLM" if json.loads(about.read_text())["task_type"] == "SEQ_2_SEQ_LM" else "AutoModelForCausalLM"
@@ -96,6 +111,23 @@ def _artifact(store: Store, key: str, cell: str) -> Path:
         raise InputError(
             f"What {cell} needs is not in the store at {store.url} ({error}); run its matrix again.", key="--store"
         ) from error
+
+
+def _model(store: Store, key: str, cell: str, needed: bool) -> Path | None:
+    """The folder of a cell's compressed model; None where it is neither there nor needed."""
+    if needed:
+        return _artifact(store, key, cell)
+    try:
+        return store.materialise(key, verify=False) if store.local else None
+    except Damaged:
+        return None
+
+
+def _by_backend(record: dict[str, Any]) -> str | None:
+    """`beyond_transformers` as far as a record tells it."""
+    odd = {"rtn": "weights packed as integers", "moefy": "experts picked by routers"}
+    odd |= {"structured": "blocks of several widths", "gptq": "weights packed as integers"}
+    return next((odd[s["backend"]] for s in reversed(record["settings"]["compression"]) if s["backend"] in odd), None)
 
 
 def _name_base(path: Path, record: dict[str, Any]) -> None:

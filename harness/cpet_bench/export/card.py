@@ -7,11 +7,16 @@ from typing import Any
 
 import yaml
 
+from ..pet.own import plain_name
 
-def card(record: dict[str, Any], auto: str, *, recovery: bool, ours: str | None, base: bool, merged: bool) -> str:
+
+def card(
+    record: dict[str, Any], auto: str, *, recovery: bool, ours: str | None, base: bool, merged: bool, odd: str | None
+) -> str:
     """README.md of an exported folder: the hub's YAML header, loading code with transformers' class `auto`, the figures.
 
-    ours: the module of `pet.own` that wrote what is exported; None for PEFT's.
+    ours: the module of `pet.own` that wrote what is exported; None for PEFT's. odd: what of the model transformers alone does
+    not read (`models.loading.beyond_transformers`).
     """
     settings = record["settings"]
     library = "transformers" if ours else "peft"
@@ -22,12 +27,16 @@ def card(record: dict[str, Any], auto: str, *, recovery: bool, ours: str | None,
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", f"# {record['id']}", ""]
     what = f"{method} on {settings['model']['source']}"
     lines += [f"{what}, {_compression(record)}; {_restoring(record)}.", ""]
-    lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, ours, base), "```", ""]
+    lines += ["## Loading", "", "```python", *_loading(record, auto, recovery, ours, base, odd), "```", ""]
+    if odd:
+        lines += [f"The model has {odd}, which transformers alone does not read: it fails, or computes another model.", ""]
     if recovery:
         lines += ["The adapter alone is not what was measured: the recovery modules belong to it.", ""]
     if merged:
         filled = recovery or ours != "whole" or settings["pet"].get("zeros") == "train"
-        lines += ["`merged/` holds the model with the modules in its weights, in float32" + _zeros(record, filled) + ".", ""]
+        how = "; it is loaded as the model above" if odd else ""
+        text = f"`merged/` holds the model with the modules in its weights, in float32{_zeros(record, filled)}{how}."
+        lines += [text, ""]
     lines += ["## Measured", "", "| metric | value | 95 % interval | documents |", "|---|---|---|---|"]
     for name, m in record["metrics"].items():
         low, high = (_figure(m[end]) for end in ("low", "high"))
@@ -56,15 +65,18 @@ def _restoring(record: dict[str, Any]) -> str:
     return f"restored by {', '.join(parts)}" if parts else "trained from a random start"
 
 
-def _loading(record: dict[str, Any], auto: str, recovery: bool, ours: str | None, base: bool) -> list[str]:
+def _loading(record: dict[str, Any], auto: str, recovery: bool, ours: str | None, base: bool, odd: str | None) -> list[str]:
     source = record["settings"]["model"]["source"]
     place = '"base"' if base else f'"{source.removeprefix("hf:")}"' if source.startswith("hf:") else '"FOLDER OF THE MODEL"'
-    lines = ([] if ours else ["from peft import PeftModel"]) + [f"from transformers import {auto}"]
+    lines = ["from cpet_bench.models.loading import load_model"] if odd else []
+    lines += ([] if ours else ["from peft import PeftModel"]) + ([] if odd else [f"from transformers import {auto}"])
     lines += [f"from load_{ours} import attach_{ours}"] if ours else []
     lines += ["from load_recovery import attach_recovery"] if recovery else []
     how = "" if base or not record["settings"]["compression"] else "  # compressed as above"
     put = f'model = attach_{ours}(base, ".")' if ours else 'model = PeftModel.from_pretrained(base, ".")'
-    lines += ["", f"base = {auto}.from_pretrained({place}){how}", put]
+    lines += ["", f"base = {'load_model' if odd else f'{auto}.from_pretrained'}({place}){how}", put]
+    if plain_name(record["settings"]["pet"]["method"]) == "multitask_prompt_tuning":
+        lines += ["# one task was trained: model(..., task_ids=torch.zeros(rows, dtype=torch.long))"]
     return lines + (['attach_recovery(base, ".")'] if recovery else [])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..compression.rounding import PACKING
 from ..errors import InputError
 from ..pet import own
+from ..pet.prompts import IN_FRONT, PREFIX
 
 
 def refuse(record: dict[str, Any], tuned: Path) -> str | None:
@@ -21,6 +22,9 @@ def refuse(record: dict[str, Any], tuned: Path) -> str | None:
     why = own.implementation(ours).cannot_merge(tuned / "adapter") if ours else None
     if why:
         return why
+    kind = "" if ours else json.loads((tuned / "adapter" / "adapter_config.json").read_text())["peft_type"]
+    if kind in (*PREFIX, *IN_FRONT):
+        return "virtual tokens are no weights of the model"
     if (tuned / "recovery").is_dir():
         act = json.loads((tuned / "recovery" / "recovery.json").read_text())["settings"]["act"]
         if act != "identity":
@@ -39,6 +43,7 @@ def merge(folder: Path, tuned: Path, out: Path) -> None:
 
     from ..compression.masks import weight_out_in
     from ..models.loading import load_model, load_tokenizer
+    from ..models.routers import carry_routers
 
     model = load_model(folder)
     ours = own.saved_in(tuned / "adapter")
@@ -61,4 +66,5 @@ def merge(folder: Path, tuned: Path, out: Path) -> None:
                 weight = weight_out_in(model.get_submodule(name))
                 weight.add_((scale * weights[f"{name}.U2"] @ weights[f"{name}.U1"]).to(weight))
     model.save_pretrained(out, safe_serialization=True)
+    carry_routers(folder, out)
     load_tokenizer(folder).save_pretrained(out)

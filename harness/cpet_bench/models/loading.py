@@ -135,6 +135,19 @@ def placement(device: str) -> dict[str, Any]:
     return {"device_map": "balanced", "max_memory": {i: own.get(i, 0) for i in range(torch.cuda.device_count())}}
 
 
+def beyond_transformers(folder: Path) -> str | None:
+    """What of a model folder transformers alone does not read: it fails or computes another model. None for the usual."""
+    from .routers import FILE
+    from .widths import KEY
+
+    config = load_config(folder)
+    if (config.get("quantization_config") or {}).get("quant_method") == "cpet_packed":
+        return "weights packed as integers"
+    if Path(folder, FILE).is_file():
+        return "experts picked by routers"
+    return "blocks of several widths" if config.get(KEY) else None
+
+
 def load_tokenizer(folder: Path):
     """The tokenizer of a model folder; padding falls back to the end-of-text token."""
     from transformers import AutoTokenizer
