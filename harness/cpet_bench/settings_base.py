@@ -29,6 +29,17 @@ def switched(cls: type[Settings]) -> Any:
     return Annotated[cls | None, BeforeValidator(_switch, json_schema_input_type=cls | bool | None)]
 
 
+def _not_null(value):
+    if value is None:
+        raise ValueError("null is no value here; leave it out for the one that it has without this")
+    return value
+
+
+def named(kind: Any) -> Any:
+    """A setting that is unset unless it is named, and then is of this kind: null in a file is refused."""
+    return Annotated[kind | None, BeforeValidator(_not_null)]
+
+
 def is_switched(field: FieldInfo) -> bool:
     """Whether a field takes `true` and `false` for a part."""
     return any(getattr(m, "func", None) is _switch for m in field.metadata)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_serializer
 
-from .settings_base import Natural, Positive, Rate, Settings, switched
+from .settings_base import Natural, Positive, Rate, Settings, named, switched
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EarlyStopSettings(Settings):
@@ -44,7 +46,7 @@ class TrainSettings(Grown):
     documents: Positive = 1000
     lr: Rate = 1e-3
     weight_decay: float = Field(1e-2, ge=0, le=10)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup: Natural = 8
     schedule: Literal["linear", "cosine", "noam", "constant"] = "linear"
     clip: float | None = Field(1.0, gt=0, le=1e6)
@@ -64,20 +66,20 @@ class TrainSettings(Grown):
 class TrainOverride(Grown):
     """Any part of TrainSettings; what is not named stays as the matrix's shared `train` has it. `early_stop: false` ends it."""
 
-    steps: Natural | None = None
-    batch: Positive | None = None
+    steps: named(Natural) = None
+    batch: named(Positive) = None
     micro_batch: Positive | None = None
-    documents: Positive | None = None
-    lr: Rate | None = None
-    weight_decay: float | None = Field(None, ge=0, le=10)
-    betas: tuple[float, float] | None = None
-    warmup: Natural | None = None
-    schedule: Literal["linear", "cosine", "noam", "constant"] | None = None
+    documents: named(Positive) = None
+    lr: named(Rate) = None
+    weight_decay: named(Annotated[float, Field(ge=0, le=10)]) = None
+    betas: named(tuple[Beta, Beta]) = None
+    warmup: named(Natural) = None
+    schedule: named(Literal["linear", "cosine", "noam", "constant"]) = None
     clip: float | None = Field(None, gt=0, le=1e6)
-    max_tokens: Positive | None = None
-    order_seed: Natural | None = None
-    checkpoint_every: Positive | None = None
-    gradient_checkpointing: bool | None = None
+    max_tokens: named(Positive) = None
+    order_seed: named(Natural) = None
+    checkpoint_every: named(Positive) = None
+    gradient_checkpointing: named(bool) = None
     batch_tokens: Positive | None = None
     early_stop: switched(EarlyStopSettings) = None
 

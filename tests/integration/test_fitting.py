@@ -139,6 +139,7 @@ LAYERS = [
     ("lora, target_modules: '.*qproj'", "p.target_modules: .*: No module of the model is named '.*qproj'"),
     ("lora, target_modules: [q_proj], layers_to_transform: [9]", "p.layers_to_transform: .*blocks are 0 to 1; .* block 9"),
     ("oft, oft_block_size: 24", "p.oft_block_size: .*_proj has 64 inputs, which 24 does not divide.* can be 16 or 32"),
+    ("prompt_tuning, num_virtual_tokens: 511", "p.num_virtual_tokens: .* reads 512 tokens at once, and 511 virtual tokens"),
     ("oft, r: 5, oft_block_size: 0", "p.r: .*_proj has 64 inputs, which 5 does not divide.* can be 4 or 8"),
 ]
 

@@ -11,6 +11,7 @@ from cpet_bench.settings import PetSettings
 
 LORA = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 NOLA = {"method": "nola", "k": 8, "r": 4, "target_modules": ["q_proj"]}
+ADALORA = {"method": "adalora", "init_r": 6, "target_r": 4, "total_step": 30, "target_modules": ["q_proj"]}
 BITFIT = {"method": "bitfit", "where": "all"}
 
 
@@ -37,6 +38,8 @@ def saved(folder, tmp_path, fields):
         (LORA, {**LORA, "r": 16}, "r is 4, and `pet` says 16"),
         (LORA, {**LORA, "use_dora": True, "lora_alpha": 4}, "use_dora is false, and `pet` says true|lora_alpha is 8"),
         (LORA, {"method": "ia3"}, "it is lora, and `pet` says ia3"),
+        (ADALORA, {**ADALORA, "total_step": 5}, ""),
+        (ADALORA, {**ADALORA, "init_r": 12}, "init_r is 6, and `pet` says 12"),
         ({**LORA, "init_lora_weights": "pissa"}, {**LORA, "init_lora_weights": "pissa"}, ""),
         (NOLA, NOLA, ""),
         (NOLA, {**NOLA, "k": 9}, "k is 8, and `pet` says 9"),

@@ -21,6 +21,11 @@ from scored import (
 
 from cpet_bench.errors import StepFailed, Stopping
 from cpet_bench.evaluation import forward, requests, scorer
+from cpet_bench.evaluation.scorer import max_length
+from cpet_bench.models import tiny
+from cpet_bench.models.loading import load_model, load_tokenizer
+from cpet_bench.pet import methods
+from cpet_bench.settings import PetSettings
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5"])
@@ -273,3 +278,17 @@ def test_tasks_from_requests_to_responses_are_lm_evals(arch, models, tmp_path, m
                 assert mine["logprob"] == pytest.approx(answer[0], abs=1e-4) and mine["greedy"] is answer[1]
         if arch == "llama" and kind == "multiple_choice":
             assert facts["tokens"] < facts["naive_tokens"] / 2
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_virtual_tokens_that_fill_the_context_are_no_score(arch, tmp_path):
+    """Nothing of a document could be read; each answer would have the log-probability 0."""
+    tiny.make(arch, {**tiny.DEFAULTS, "positions": 32}, tmp_path / arch)
+    for count, left in ((30, 2), (31, None), (40, None)):
+        pet = PetSettings(method="prompt_tuning", num_virtual_tokens=count)
+        model = methods.attach(load_model(tmp_path / arch), pet)
+        if left:
+            assert max_length(model, load_tokenizer(tmp_path / arch)) == left
+            continue
+        with pytest.raises(StepFailed, match=f"reads 32 tokens at once, and {count} virtual tokens leave no room"):
+            max_length(model, load_tokenizer(tmp_path / arch))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from made_plans import MACHINE
+from pydantic import ValidationError
 
 from cpet_bench.cells import expand
 from cpet_bench.errors import InputError
@@ -14,6 +15,7 @@ from cpet_bench.keys import plain
 from cpet_bench.matrix import load_matrix
 from cpet_bench.plan import Planner
 from cpet_bench.settings import RestoringSettings, TrainSettings
+from cpet_bench.settings_training import TrainOverride
 
 REPO = Path(__file__).parents[2]
 BASE = """name: test
@@ -62,6 +64,8 @@ MISTAKES = [
     ("control of nothing", "of: cpet", "of: cpat", "restoring.matched.of", "Did you mean cpet", 13),
     ("control alone", "control: matched, of: cpet", "control: matched", "restoring.matched", "go together", 13),
     ("one of a union", "distill: true", "distill: {teacher: 3}", "restoring.cpet.distill.teacher", "dense, {model: ...}.", 12),
+    ("null", "r: 4, target_modules: [q_proj]", "r: 4, train: {lr: null}", "pet.lora.train.lr", "null is no value here", 9),
+    ("beta", "train: {lr: 1e-3}", "train: {betas: [0.9, 1.5]}", "train.betas.1", "less than 1, not 1.5", 17),
     ("two mistakes", "train: {lr: 1e-3}", "train: {lr: 0, steps: -1}", "train.steps", "(and 1 more problem)", 17),
     ("source", "tiny:llama", "tiny:lama", "model.tiny.source", "Did you mean llama", 3),
     ("source kind", "tiny:llama", "tini:llama", "model.tiny.source", "Did you mean tiny", 3),
@@ -78,6 +82,15 @@ def test_each_mistake_is_named_with_its_place(old, new, key, says, line, tmp_pat
     assert error.key == key and says in str(error) and str(tmp_path / "matrix.yaml") in str(error), str(error)
     assert line is None or error.line == line, str(error)
     assert error.exit_code == 2
+
+
+def test_what_a_part_of_training_may_be_without(tmp_path):
+    """Null is a value of these, and no other part's."""
+    nulls = {"clip": None, "micro_batch": None, "batch_tokens": None, "early_stop": None}
+    assert TrainOverride(**nulls).changes == nulls and TrainSettings(**TrainOverride(**nulls).changes).clip is None
+    for name in TrainOverride.model_fields.keys() - nulls:
+        with pytest.raises(ValidationError, match="null is no value here"):
+            TrainOverride(**{name: None})
 
 
 def test_eora_needs_a_linear_recovery(tmp_path):

@@ -140,7 +140,15 @@ def test_shares_of_the_gap_are_ratios_of_means(tmp_path, capsys):
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table] == ["restoring", "---", "D (dense)", "cpet", "matched", "vanilla"]
     assert f"{100 * by['cpet'].share.value:.1f} [" in table[3] and len({line.count("|") for line in table}) == 1
-    assert main(["gap", str(run)]) == 0 and "the gap is +0." in capsys.readouterr().out
+    assert main(["gap", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "the gap is +0." in text and "*" not in text
+    path = next((run / "records").glob("*--cpet--*"))
+    one = json.loads(path.read_text())
+    one["training"] |= {"lr": 3e-3, "selection": {"at_the_edge": True}}
+    path.write_text(json.dumps(one))
+    assert main(["gap", str(run)]) == 0
+    assert "0.003*" in (text := capsys.readouterr().out) and "*: the lowest or highest that was tried" in text
 
 
 def test_what_was_spent_on_d_is_what_the_cell_says(tmp_path):
@@ -239,7 +247,8 @@ def test_vanilla_with_training_of_its_own_is_a_row(tmp_path):
         path.write_text(json.dumps(record))
     (ladder,) = gaps(run)
     assert ladder.low.restoring == "vanilla" and ladder.low.seeds == [0, 1, 2] and ladder.low.value == before.low.value
-    assert ladder.gap == before.gap and {r.restoring: r.share for r in ladder.rows} == {r.restoring: r.share for r in before.rows}
+    shares = [{r.restoring: r.share for r in found.rows} for found in (before, ladder)]
+    assert ladder.gap == before.gap and shares[0] == shares[1]
     gone = next((run / "records").glob("*--nf4--lora--vanilla--*--s1.json"))
     gone.unlink()
     (ladder,) = gaps(run)

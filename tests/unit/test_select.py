@@ -7,7 +7,7 @@ from test_matrix import BASE, load
 from cpet_bench.cells import expand
 from cpet_bench.errors import InputError, StepFailed
 from cpet_bench.plan import Planner
-from cpet_bench.steps.selecting import choice
+from cpet_bench.steps.selecting import _at_the_edge, choice
 
 GRID = "select: {lr: [1e-3, 3e-3, 1e-2], documents: 20}\n"
 
@@ -106,3 +106,9 @@ def test_what_wins():
     assert choice(grid, perplexity) == (1, "word_perplexity")
     with pytest.raises(StepFailed, match="none of the 3 candidates could be trained; the first one: not finite"):
         choice(grid, [{"failed": "not finite"}] * 3)
+
+
+def test_an_edge_is_of_everything_that_was_tried():
+    grid = [{"lr": lr, "weight": weight} for lr in (1e-3, 3e-3, 1e-2) for weight in (0.1, 1.0, 10.0)]
+    assert [_at_the_edge(grid, i) for i in range(9)] == [True, True, True, True, False, True, True, True, True]
+    assert [_at_the_edge([{"lr": lr} for lr in (1e-3, 3e-3, 1e-2)], i) for i in range(3)] == [True, False, True]

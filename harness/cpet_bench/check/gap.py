@@ -23,6 +23,7 @@ class Row:
     mean over seeds, of the cell alone. dense_flops: those of D, which it starts from or is taught by, and of the D of another
     model that teaches it. per_million and per_tflop: the share, in percent, divided by millions of trained parameters and by
     10^12 operations of training, those of dense_flops included; None where nothing was trained or there is no share.
+    at_the_edge: the rate, or another choice, is the smallest or largest that was tried.
     """
 
     pet: str
@@ -39,6 +40,7 @@ class Row:
     per_million: float | None = None
     per_tflop: float | None = None
     lr: list[float] = field(default_factory=list)
+    at_the_edge: bool = False
     note: str = ""
 
 
@@ -177,6 +179,7 @@ def _about(run: Path, records: list[dict], name: str, entry: dict) -> Row:
         row.trained, row.steps = round(mean("trainable_parameters")), round(mean("steps"))
         row.flops, row.seconds = mean("flops"), mean("seconds")
         row.lr = sorted({t["lr"] for t in trainings if t.get("lr") is not None})
+        row.at_the_edge = any((t.get("selection") or {}).get("at_the_edge") for t in trainings)
     return row
 
 

@@ -66,7 +66,7 @@ def _line(name: str, row) -> tuple[str, ...]:
         p,
         share or "–",
         f"{row.trained:,}" if row.trained else "–",
-        " ".join(f"{lr:g}" for lr in row.lr) or "–",
+        (" ".join(f"{lr:g}" for lr in row.lr) or "–") + "*" * row.at_the_edge,
         f"{row.flops / 1e12:.3g}" if row.flops else "–",
         f"{row.dense_flops / 1e12:.3g}" if row.dense_flops else "–",
         *("–" if x is None else f"{x:.1f}" for x in (row.per_million, row.per_tflop)),
@@ -87,6 +87,8 @@ def title(ladder) -> str:
 def notes(ladder) -> list[str]:
     """What stands below the table."""
     found = [f"{row.restoring}: {row.note}" for row in [ladder.high, *ladder.rows, ladder.low] if row.note]
+    if any(row.at_the_edge for row in (ladder.high, *ladder.rows, ladder.low)):
+        found.append("*: the lowest or highest that was tried, so that a better one may lie outside")
     if ladder.left_out:
         found.append(f"left out, without its vanilla cell or D: {', '.join(ladder.left_out)}")
     return found

@@ -20,6 +20,7 @@ from ..models.tensors import places
 F32 = 4
 LIBRARIES = 6e8  # bytes that a process has after importing torch and transformers
 BATCH = 4096  # padded tokens that are run at once (blockwise.TOKENS)
+LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # where lm-eval looks for a model's context, in its order
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _TRANSPOSED = ("gpt2", "openai-gpt")  # transformers' Conv1D keeps weights as inputs x outputs
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
@@ -33,7 +34,8 @@ class ModelSize:
     encoder and a decoder. shapes: (inputs, outputs) of the blocks' linear layers by name, of plain weights alone. quantised:
     the format of a model that is packed already. model_type: transformers' name of the architecture. mixture: whether it has
     experts, whose weights lie in files otherwise than in the layers that are made of them. modules: names of all modules that
-    have tensors. lists: by the name of a list of blocks, how many it has.
+    have tensors. lists: by the name of a list of blocks, how many it has. positions: how many tokens it reads at once, as its
+    config says it.
     """
 
     total: int
@@ -54,6 +56,7 @@ class ModelSize:
     mixture: bool = False
     modules: frozenset[str] = frozenset()
     lists: dict[str, int] = field(default_factory=dict)
+    positions: int | None = None
 
     @classmethod
     def of(cls, folder: Path) -> ModelSize | None:
@@ -97,6 +100,7 @@ class ModelSize:
             mixture="expert" in text,
             modules=frozenset(_modules(there)),
             lists=_lists(by_block),
+            positions=next((config[k] for k in LENGTHS if isinstance(config.get(k), int) and config[k]), None),
         )
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from ..compression.sizes import LENGTHS
 from ..errors import StepFailed, Stopping
 from ..failpoints import failpoint
 from ..pet.prompts import virtual_tokens
@@ -26,7 +27,6 @@ from .forward import Scorer, can_branch, check_head
 from .requests import write_table
 
 SCHEMA = pa.schema([("index", pa.int64()), ("logprob", pa.float64()), ("greedy", pa.bool_()), ("text", pa.string())])
-_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # lm-eval's, in its order
 _UNSET = 10**12  # tokenizers say 10^30 where they know of no limit
 
 Job = Batch | generation.Prompts
@@ -92,10 +92,16 @@ def respond(
 
 
 def max_length(model: nn.Module, tokenizer) -> int:
-    """How many tokens lm-eval lets this model read at once; 2,048 where neither it nor its tokenizer says."""
+    """How many tokens lm-eval lets this model read at once; 2,048 where neither it nor its tokenizer says.
+
+    Raises StepFailed where virtual tokens leave no room for a document's.
+    """
     config = model.config.get_text_config(decoder=True)
-    found = next((getattr(config, name) for name in _LENGTHS if getattr(config, name, None)), tokenizer.model_max_length)
-    return (int(found) if found and found < _UNSET else 2048) - virtual_tokens(model)
+    found = next((getattr(config, name) for name in LENGTHS if getattr(config, name, None)), tokenizer.model_max_length)
+    whole, taken = int(found) if found and found < _UNSET else 2048, virtual_tokens(model)
+    if whole - taken < 2:
+        raise StepFailed(f"the model reads {whole} tokens at once, and {taken} virtual tokens leave no room for a document")
+    return whole - taken
 
 
 def plan(table: list[dict], about: dict, model: nn.Module, tokenizer, length: int, tokens: int) -> list[Job]:

@@ -43,7 +43,7 @@ def differs(folder: Path, pet: PetSettings) -> str:
     odd = [
         f"{key} is {_shown(config[key])}, and `pet` says {_shown(value)}"
         for key, value in fields.items()
-        if key in config and key != "target_modules" and not key.startswith(_OF_THE_START) and not _same(config[key], value)
+        if key in config and key != "target_modules" and not _of_the_start(key) and not _same(config[key], value)
     ]
     return "; ".join(odd)
 
@@ -80,6 +80,10 @@ def check_given(folder: Path, pet: PetSettings, model: Any) -> None:
             found = f"it is on {both[0]}, and `pet` says {both[1]}"
     if found:
         raise StepFailed(found)
+
+
+def _of_the_start(key: str) -> bool:
+    return key.startswith(_OF_THE_START) and key != "init_r"  # AdaLoRA's rank
 
 
 def _same(one: Any, other: Any) -> bool:

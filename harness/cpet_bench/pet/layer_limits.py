@@ -25,7 +25,8 @@ OFT_FIELDS = ("oft_block_size", "r")
 
 
 def told(pet: PetSettings, size: ModelSize, *, same_names: bool, same_shapes: bool) -> None:
-    """InputError where `pet` names layers or blocks that a model has not, or blocks of OFT that do not fill a layer.
+    """InputError where `pet` names layers or blocks that a model has not, blocks of OFT that do not fill a layer, or as many
+    virtual tokens as the model reads at once.
 
     same_names, same_shapes: whether its compression leaves the layers their names, and their numbers of inputs.
     """
@@ -37,6 +38,10 @@ def told(pet: PetSettings, size: ModelSize, *, same_names: bool, same_shapes: bo
     if known and same_names and method != "adaption_prompt":
         refuse_names(fields.get("target_modules"), size)
     refuse_indices(method, fields, size)
+    count = fields.get("num_virtual_tokens")
+    if isinstance(count, int) and size.positions and size.positions - count < 2:
+        message = f"the model reads {size.positions} tokens at once, and {count} virtual tokens leave no room for a document"
+        raise InputError(message, key="pet.num_virtual_tokens")
     if method == "oft" and same_shapes:
         names = target_names(method, fields, size.shapes, size.model_type)
         inputs = ((name, size.shapes[name][0]) for name in names or ())

@@ -81,6 +81,6 @@ def choice(grid: list[dict[str, float]], trials: list[dict[str, Any]]) -> tuple[
 
 
 def _at_the_edge(grid: list[dict[str, float]], best: int) -> bool:
-    """Whether the chosen rate is the grid's smallest or largest, so that a better one may lie outside."""
-    rates = [candidate["lr"] for candidate in grid]
-    return grid[best]["lr"] in (min(rates), max(rates))
+    """Whether what was chosen is the smallest or largest that was tried, of anything, so that a better one may lie outside."""
+    tried = {name: [candidate[name] for candidate in grid] for name in grid[best]}
+    return any(grid[best][name] in (min(t), max(t)) for name, t in tried.items() if len(set(t)) > 1)
