@@ -20,7 +20,7 @@ from .training_masters import Masters
 from .training_model import run, start_token
 from .training_rows import Document, data_order, split, visits
 from .training_scale import LossScale, loss_scale
-from .training_state import DEAD_BASE, Proof, fingerprint, kept_part, load_checkpoint, save_checkpoint, unreachable
+from .training_state import Proof, fingerprint, kept_part, load_checkpoint, no_gradient, save_checkpoint, unreachable
 from .training_stopping import EarlyStop
 
 __all__ = ["data_order", "learning_rate", "train"]
@@ -127,7 +127,7 @@ def train(
         if resumed:
             ada.restore(state["adalora"], kept_part(path, "adalora"))
     longest = max((len(r.ids) for d in documents.values() for r in d.rows), default=0)
-    proof = Proof(stepped, unreachable(model, trainable, longest), state["unseen"])
+    proof = Proof(model, stepped, unreachable(model, trainable, longest), state["unseen"])
 
     was_training = model.training
     model.train()  # layers that repack their weights for evaluation, and dropout, look at this
@@ -283,7 +283,7 @@ def _passes(model, docs: list[Document], distill: DistillSettings | None, look_u
                 parts["kl"] = kl_loss(model, states, wanted["kl_values"], wanted["kl_ids"], distill.kl, shares)
         loss = sum(parts.values())
         if not loss.requires_grad:
-            raise StepFailed(DEAD_BASE)
+            raise no_gradient(model)
         (loss * scale.scale if scale else loss).backward()
         for name, value in parts.items():
             total[name] = (total[name] or 0.0) + float(value.detach())

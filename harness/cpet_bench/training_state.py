@@ -12,12 +12,19 @@ import torch
 
 from .errors import StepFailed
 from .failpoints import failpoint
+from .models.loading import survives_eval
 from .settings import TrainSettings
 
-DEAD_BASE = (
-    "no gradient reached any of the trainable tensors. A model that was evaluated before may have lost its gradients (4-bit "
-    "weights that the processor's kernel repacked at the first pass in evaluation mode): train on one loaded afresh"
+_REPACKED = (
+    "A model that was evaluated before may have lost its gradients (4-bit weights that the processor's kernel repacked at the "
+    "first pass in evaluation mode): train on one loaded afresh"
 )
+
+
+def no_gradient(model: torch.nn.Module) -> StepFailed:
+    """The error that nothing on `model` can be trained, with what is known of the reason."""
+    why = ": what runs of the model does not use them" if survives_eval(model) else f". {_REPACKED}"
+    return StepFailed(f"no gradient reached any of the trainable tensors{why}")
 
 
 def fingerprint(trainable: dict[str, torch.nn.Parameter], settings: TrainSettings, more: dict) -> str:
@@ -95,14 +102,20 @@ class Proof:
     exempt: tensors that this model and data cannot reach by construction; they are reported, not failed.
     """
 
-    def __init__(self, trainable: dict[str, torch.nn.Parameter], exempt: set[str], unseen: list[str] | None = None):
-        self.trainable, self.exempt = trainable, exempt
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        trainable: dict[str, torch.nn.Parameter],
+        exempt: set[str],
+        unseen: list[str] | None = None,
+    ):
+        self.model, self.trainable, self.exempt = model, trainable, exempt
         self.unseen = set(trainable) if unseen is None else set(unseen)
 
     def look(self, step: int) -> None:
         """After the backward passes of a step (counted from 1), before the gradients are clipped."""
         if step == 1 and all(p.grad is None for p in self.trainable.values()):
-            raise StepFailed(DEAD_BASE)
+            raise no_gradient(self.model)
         names = [n for n in sorted(self.unseen) if self.trainable[n].grad is not None]
         if names:
             largest = torch.stack([self.trainable[n].grad.abs().amax().float().cpu() for n in names])

@@ -276,8 +276,14 @@ def test_a_base_without_gradient_is_an_error_and_not_a_result(folders, tmp_path)
     with torch.no_grad():
         model(input_ids=torch.arange(8)[None])
     methods.attach(model, PetSettings(method="lora", r=4, target_modules=["q_proj"]))
-    with pytest.raises(StepFailed, match="no gradient reached"):
+    with pytest.raises(StepFailed, match="no gradient reached .*4-bit weights that .* loaded afresh"):
         run(model, SINGLE, tmp_path / "s", s={"steps": 3})
+    model = load_model(folders["llama"])
+    methods.attach(model, PetSettings(method="lora", r=4, target_modules=["q_proj"]))
+    for layer in model.model.layers:
+        layer.forward = torch.no_grad()(layer.forward)
+    with pytest.raises(StepFailed, match="no gradient reached .*: what runs of the model does not use them$"):
+        run(model, SINGLE, tmp_path / "t", s={"steps": 3})
 
 
 @pytest.mark.parametrize(

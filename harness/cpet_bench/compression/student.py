@@ -316,7 +316,7 @@ def distill(
         start = {n: p.detach().clone() for n, p in trainable.items()}
         state = {"fingerprint": mark, "step": 0, "losses": [], "unseen": None, "tokens": 0, "padded": 0, "seconds": 0.0}
     # A softmax over keys does not depend on their common bias: what gradient it gets is rounding.
-    proof = Proof(trainable, {n for n in trainable if n.endswith("k_proj.bias")}, state["unseen"])
+    proof = Proof(student, trainable, {n for n in trainable if n.endswith("k_proj.bias")}, state["unseen"])
     cuda = sorted({p.device.index or 0 for p in trainable.values() if p.device.type == "cuda"})
     student.train()
     with torch.random.fork_rng(devices=cuda):
