@@ -45,7 +45,7 @@ def export(run: Path, cell: str, to: Path, *, store: str | None = None, base: bo
         if why:
             raise InputError(f"{cell} cannot be merged: {why}", key="--merged")
     model = _model(found, keys.get("compress", keys["model"]), cell, needed=base or merged)
-    odd = beyond_transformers(model) if model else _by_backend(record)
+    odd = beyond_transformers(model) if model else _by_backend(record, _pairs(tuned / "adapter"))
     there = to.exists()
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -85,10 +85,15 @@ def _clear(to: Path, there: bool) -> None:
 
 
 def _card(to: Path, record: dict[str, Any], **parts: Any) -> str:
-    ours = own.saved_in(to)
-    about = to / (own.FILES[ours][0] if ours else "adapter_config.json")
-    auto = "AutoModelForSeq2SeqLM" if json.loads(about.read_text())["task_type"] == "SEQ_2_SEQ_LM" else "AutoModelForCausalLM"
+    ours, auto = own.saved_in(to), "AutoModelForSeq2SeqLM" if _pairs(to) else "AutoModelForCausalLM"
     return card(record, auto, recovery=(to / "recovery.json").exists(), ours=ours, **parts)
+
+
+def _pairs(adapter: Path) -> bool:
+    """Whether an adapter is of a model with an encoder and a decoder."""
+    ours = own.saved_in(adapter)
+    about = adapter / (own.FILES[ours][0] if ours else "adapter_config.json")
+    return json.loads(about.read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
 
 def _record(run: Path, cell: str) -> dict[str, Any]:
@@ -123,10 +128,10 @@ def _model(store: Store, key: str, cell: str, needed: bool) -> Path | None:
         return None
 
 
-def _by_backend(record: dict[str, Any]) -> str | None:
-    """`beyond_transformers` as far as a record tells it."""
-    odd = {"rtn": "weights packed as integers", "moefy": "experts picked by routers"}
-    odd |= {"structured": "blocks of several widths", "gptq": "weights packed as integers"}
+def _by_backend(record: dict[str, Any], pairs: bool) -> str | None:
+    """`beyond_transformers` as far as a record tells it. pairs: of a model with an encoder and a decoder."""
+    odd = {"rtn": "weights packed as integers", "moefy": "experts picked by routers", "structured": "blocks of several widths"}
+    odd |= {"gptq": "weights packed as integers"} if pairs else {}
     return next((odd[s["backend"]] for s in reversed(record["settings"]["compression"]) if s["backend"] in odd), None)
 
 
