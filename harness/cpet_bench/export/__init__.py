@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ def export(run: Path, cell: str, to: Path, *, store: str | None = None, base: bo
 
 def _clear(to: Path, there: bool) -> None:
     """Take away what was written to `to`, which was empty; and itself, unless it was there before."""
-    for path in to.iterdir() if to.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    if not there and to.is_dir():
-        to.rmdir()
+    with suppress(OSError):  # what went wrong before is what is said
+        for path in to.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if not there:
+            to.rmdir()
 
 
 def _card(to: Path, record: dict[str, Any], **parts: Any) -> str:

@@ -20,7 +20,7 @@ def card(
     """
     settings = record["settings"]
     library = "transformers" if ours else "peft"
-    method = "lora" if (settings["restoring"] or {}).get("control") else settings["pet"]["method"]  # a control is LoRA
+    method = _method(record)
     header: dict[str, Any] = {"library_name": library, "tags": ["cpet-bench", method]}
     if settings["model"]["source"].startswith("hf:"):
         header = {"base_model": settings["model"]["source"].removeprefix("hf:"), **header}
@@ -50,6 +50,11 @@ def card(
     return "\n".join(lines)
 
 
+def _method(record: dict[str, Any]) -> str:
+    settings = record["settings"]
+    return "lora" if (settings["restoring"] or {}).get("control") else settings["pet"]["method"]  # a control is LoRA
+
+
 def _compression(record: dict[str, Any]) -> str:
     steps = record["settings"]["compression"]
     if not steps:
@@ -75,7 +80,7 @@ def _loading(record: dict[str, Any], auto: str, recovery: bool, ours: str | None
     how = "" if base or not record["settings"]["compression"] else "  # compressed as above"
     put = f'model = attach_{ours}(base, ".")' if ours else 'model = PeftModel.from_pretrained(base, ".")'
     lines += ["", f"base = {'load_model' if odd else f'{auto}.from_pretrained'}({place}){how}", put]
-    if plain_name(record["settings"]["pet"]["method"]) == "multitask_prompt_tuning":
+    if plain_name(_method(record)) == "multitask_prompt_tuning":
         lines += ["# one task was trained: model(..., task_ids=torch.zeros(rows, dtype=torch.long))"]
     return lines + (['attach_recovery(base, ".")'] if recovery else [])
 
