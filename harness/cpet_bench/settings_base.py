@@ -37,7 +37,7 @@ def _not_null(value):
 
 def named(kind: Any) -> Any:
     """A setting that is unset unless it is named, and then is of this kind: null in a file is refused."""
-    return Annotated[kind | None, BeforeValidator(_not_null)]
+    return Annotated[kind | None, BeforeValidator(_not_null, json_schema_input_type=kind)]
 
 
 def is_switched(field: FieldInfo) -> bool:
