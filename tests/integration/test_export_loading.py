@@ -4,14 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_export import IDS, exported, ours
 
 from conftest import SMOKE, Cli
 from cpet_bench.cli.main import main
-from cpet_bench.deployment import deploy
-from cpet_bench.models.loading import beyond_transformers, load_model
+from cpet_bench.models.formats import PACKED, ROUTED, UNEVEN
+from cpet_bench.models.loading import load_model
 from cpet_bench.store import Store
 
 MATRIX = """name: odd
@@ -37,10 +39,7 @@ include:
   - {compression: [narrow, packed, routed], pet: lora}
   - {compression: narrow, pet: prompt}
 """
-IDS = [[3, 1, 4, 1, 5, 9, 2, 6]]
 CELL = "tiny--{}--{}--linear--smoke_sentiment--s0"
-
-
 ELSEWHERE = """
 import json, os, sys
 import torch
@@ -60,31 +59,18 @@ def odd(tmp_path_factory):
     matrix.write_text(MATRIX.replace("FOLDER", str(SMOKE.parent / "smoke_task")))
     done = cli("run", matrix, "--no-page", timeout=600)
     assert done.returncode == 0, done.stderr
-    return cli
-
-
-def exported(cli, cell, to, *more) -> int:
-    places = ["--store", cli.env["CPET_BENCH_STORE"], "--runs", str(cli.folder / "runs")]
-    return main(["export", cell, "--to", str(to), *places, *more])
-
-
-def folders(cli, cell):
-    store, keys = Store(cli.env["CPET_BENCH_STORE"]), cli.records("odd")[cell]["provenance"]["keys"]
-    return store.materialise(keys["compress"]), store.materialise(keys["tune"])
+    return SimpleNamespace(cli=cli, folder=cli.folder / "runs/odd", records=cli.records("odd"))
 
 
 def test_the_code_on_the_card_loads_what_was_measured(odd, tmp_path):
     wanted, scripts = {}, []
-    for compression in ("narrow", "packed", "routed"):
+    for compression, what in (("narrow", UNEVEN), ("packed", PACKED), ("routed", ROUTED)):
         cell, to = CELL.format(compression, "lora"), tmp_path / compression
         merged = [] if compression == "packed" else ["--merged"]
         assert exported(odd, cell, to, "--base", *merged) == 0
-        base, tuned = folders(odd, cell)
-        with deploy(load_model(base), [tuned]) as deployed, torch.no_grad():
-            wanted[compression] = deployed(torch.tensor(IDS)).logits
+        wanted[compression] = ours(odd, cell)
         card = (to / "README.md").read_text()
-        what = beyond_transformers(base)
-        assert what and f"The model has {what}" in card
+        assert f"The model has {what}" in card
         scripts.append(ELSEWHERE.format(folder=str(to), code=card.split("```python\n")[1].split("```")[0], ids=IDS))
         if merged:
             with torch.no_grad():
@@ -102,9 +88,9 @@ def test_the_card_says_so_without_the_model(odd, tmp_path):
     """From the store where it is there; by the compression where it is not."""
     cell, copy = CELL.format("routed", "lora"), tmp_path / "store"
     assert exported(odd, cell, tmp_path / "one") == 0
-    shutil.copytree(odd.env["CPET_BENCH_STORE"], copy)
-    Store(str(copy)).drop(odd.records("odd")[cell]["provenance"]["keys"]["compress"])
-    places = ["--store", str(copy), "--runs", str(odd.folder / "runs")]
+    shutil.copytree(odd.cli.env["CPET_BENCH_STORE"], copy)
+    Store(str(copy)).drop(odd.records[cell]["provenance"]["keys"]["compress"])
+    places = ["--store", str(copy), "--runs", str(odd.folder.parent)]
     assert main(["export", cell, "--to", str(tmp_path / "two"), *places]) == 0
     cards = [(tmp_path / name / "README.md").read_text() for name in ("one", "two")]
     assert cards[0] == cards[1] and 'base = load_model("FOLDER OF THE MODEL")' in cards[0]

@@ -18,6 +18,7 @@ from torch import nn
 from ..compression.sizes import LENGTHS
 from ..errors import StepFailed, Stopping
 from ..failpoints import failpoint
+from ..pet.layer_limits import no_room
 from ..pet.prompts import virtual_tokens
 from ..training_model import start_token
 from . import generation
@@ -99,8 +100,8 @@ def max_length(model: nn.Module, tokenizer) -> int:
     config = model.config.get_text_config(decoder=True)
     found = next((getattr(config, name) for name in LENGTHS if getattr(config, name, None)), tokenizer.model_max_length)
     whole, taken = int(found) if found and found < _UNSET else 2048, virtual_tokens(model)
-    if whole - taken < 2:
-        raise StepFailed(f"the model reads {whole} tokens at once, and {taken} virtual tokens leave no room for a document")
+    if why := no_room(whole, taken):
+        raise StepFailed(why)
     return whole - taken
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, StopError
-from ..models.loading import beyond_transformers
+from ..models.formats import PACKED, ROUTED, UNEVEN, beyond_transformers
+from ..models.loading import load_config
 from ..pet import own
 from ..records import read_record
 from ..results.clean import clean_record
@@ -46,7 +47,7 @@ def export(run: Path, cell: str, to: Path, *, store: str | None = None, base: bo
         if why:
             raise InputError(f"{cell} cannot be merged: {why}", key="--merged")
     model = _model(found, keys.get("compress", keys["model"]), cell, needed=base or merged)
-    odd = beyond_transformers(model) if model else _by_backend(record, _pairs(tuned / "adapter"))
+    odd = beyond_transformers(model, load_config(model)) if model else _by_backend(record, _pairs(tuned / "adapter"))
     there = to.exists()
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -132,8 +133,7 @@ def _model(store: Store, key: str, cell: str, needed: bool) -> Path | None:
 
 def _by_backend(record: dict[str, Any], pairs: bool) -> str | None:
     """`beyond_transformers` as far as a record tells it. pairs: of a model with an encoder and a decoder."""
-    odd = {"rtn": "weights packed as integers", "moefy": "experts picked by routers", "structured": "blocks of several widths"}
-    odd |= {"gptq": "weights packed as integers"} if pairs else {}
+    odd = {"rtn": PACKED, "moefy": ROUTED, "structured": UNEVEN} | ({"gptq": PACKED} if pairs else {})
     return next((odd[s["backend"]] for s in reversed(record["settings"]["compression"]) if s["backend"] in odd), None)
 
 

@@ -16,7 +16,7 @@ def card(
     """README.md of an exported folder: the hub's YAML header, loading code with transformers' class `auto`, the figures.
 
     ours: the module of `pet.own` that wrote what is exported; None for PEFT's. odd: what of the model transformers alone does
-    not read (`models.loading.beyond_transformers`).
+    not read (`models.formats.beyond_transformers`).
     """
     settings = record["settings"]
     library = "transformers" if ours else "peft"

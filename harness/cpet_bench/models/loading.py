@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, Unsupported
+from .formats import PACKED_METHOD
 
 _code = {"allowed": False}
 
@@ -115,7 +116,7 @@ def _prepare(method: str) -> None:
     """What loading a checkpoint quantised by `method` takes, or Unsupported with what to install."""
     import importlib.util
 
-    if method == "cpet_packed":
+    if method == PACKED_METHOD:
         from . import packed  # noqa: F401  (makes the format known to transformers)
     if method == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
         install = "pip install -c constraints.txt '.[compressed-tensors]'"
@@ -133,19 +134,6 @@ def placement(device: str) -> dict[str, Any]:
 
     own = {int(name.partition(":")[2]): int(0.9 * torch.cuda.mem_get_info(name)[0]) for name in names}
     return {"device_map": "balanced", "max_memory": {i: own.get(i, 0) for i in range(torch.cuda.device_count())}}
-
-
-def beyond_transformers(folder: Path) -> str | None:
-    """What of a model folder transformers alone does not read: it fails or computes another model. None for the usual."""
-    from .routers import FILE
-    from .widths import KEY
-
-    config = load_config(folder)
-    if (config.get("quantization_config") or {}).get("quant_method") == "cpet_packed":
-        return "weights packed as integers"
-    if Path(folder, FILE).is_file():
-        return "experts picked by routers"
-    return "blocks of several widths" if config.get(KEY) else None
 
 
 def load_tokenizer(folder: Path):

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD = "cpet_packed"
+from .formats import PACKED_METHOD
+
+METHOD = PACKED_METHOD
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:

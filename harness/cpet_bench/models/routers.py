@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from ..errors import StepFailed, Unsupported
 from .arch import block_lists, features
 from .blocks import linears_in
+from .formats import ROUTERS_FILE as FILE
 
-FILE = "cpet_routers.safetensors"
 # Children of a feed-forward network by model family: what the activation reads, the activation, what multiplies it, output.
 _SHAPES = (
     ("gate_proj", "act_fn", "up_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM

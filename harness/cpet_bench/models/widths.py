@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import Unsupported
+from .formats import WIDTHS_KEY as KEY
 
-KEY = "cpet_widths"
 Fits = Callable[[nn.Module, tuple[str, ...]], bool]  # whether a module's children of these names are of classes looked for
 _MLP = (  # names of the layers that make a neuron, of the layer that reads it, and of the config's width
     (("gate_proj", "up_proj"), "down_proj", ("intermediate_size",)),

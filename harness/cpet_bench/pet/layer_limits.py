@@ -39,13 +39,19 @@ def told(pet: PetSettings, size: ModelSize, *, same_names: bool, same_shapes: bo
         refuse_names(fields.get("target_modules"), size)
     refuse_indices(method, fields, size)
     count = fields.get("num_virtual_tokens")
-    if isinstance(count, int) and size.positions and size.positions - count < 2:
-        message = f"the model reads {size.positions} tokens at once, and {count} virtual tokens leave no room for a document"
-        raise InputError(message, key="pet.num_virtual_tokens")
+    if isinstance(count, int) and size.positions and (why := no_room(size.positions, count)):
+        raise InputError(why, key="pet.num_virtual_tokens")
     if method == "oft" and same_shapes:
         names = target_names(method, fields, size.shapes, size.model_type)
         inputs = ((name, size.shapes[name][0]) for name in names or ())
         refuse_oft(fields, inputs)
+
+
+def no_room(positions: int, count: int) -> str | None:
+    """Why `count` virtual tokens are too many for a model that reads `positions` tokens at once; None where they are not."""
+    if positions - count >= 2:
+        return None
+    return f"the model reads {positions} tokens at once, and {count} virtual tokens leave no room for a document"
 
 
 def refuse_names(wanted: list[str] | str | None, size: ModelSize) -> None:
