@@ -168,4 +168,5 @@ def _facts(entries: list[view.Entry]) -> dict[str, Any]:
         "how": distinct(how),
         "levels": distinct(levels) or [0.95],
         "simulated": sorted(set(simulated)),
+        "at_the_edge": any(view.at_the_edge(e) for e in entries),
     }

@@ -93,6 +93,11 @@ def direction(found: dict[str, Any] | None) -> str:
     return "" if up is None else "higher" if up else "lower"
 
 
+def at_the_edge(entry: Entry) -> bool:
+    """Whether what `select` chose for this cell is the smallest or largest that was tried."""
+    return bool(entry.training("steps") and entry.training("selection", "at_the_edge"))
+
+
 def number_columns(primary: str | None, better: str) -> list[Column]:
     """The columns after the axes."""
 
@@ -128,6 +133,12 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
     def cost(e: Entry) -> float | None:
         return (e.record.get("costs") or {}).get("seconds")
 
+    def rate(e: Entry) -> float | None:
+        return e.training("lr") if e.training("steps") else None
+
+    def edge(e: Entry) -> str:
+        return "edge" if at_the_edge(e) else ""
+
     note = f"95 % interval, {better} is better" if better else "95 % interval"
     to_d = "this cell's value minus that of D, the dense model with the same PET, task and seed"
     from_d = "steps spent on D, which this cell started from or was taught by"
@@ -145,6 +156,7 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
         Column("train_seconds", "training", "Cost", lambda e: e.training("seconds"), figure, "lower", unit="s"),
         Column("inherited", "from D", "Cost", inherited, figure, "lower", from_d, "steps"),
         Column("seconds", "in all", "Cost", cost, figure, "lower", unit="s"),
+        Column("rate", "rate", "Tuning", rate, "{:g}".format, hint="learning rate", mark=edge),
     ]
 
 

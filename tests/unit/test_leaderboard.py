@@ -112,6 +112,7 @@ def test_every_cell_and_its_numbers(tmp_path, twelve):
         assert found[13] == ("44" if record["compression"] else "–")
         assert found[15] == ("40" if (training or {}).get("inherited") else "–")
         assert found[16] == "410"
+        assert found[17] == ("0.001" if training else "–")
 
 
 def test_data_is_the_records(tmp_path, twelve):
@@ -235,6 +236,18 @@ def test_columns_without_values_are_left_out(tmp_path):
     first = [h.split(" ")[0] for h in page.headings]
     assert first == ["compression", "PET", "restoring", "seed", "adapters", "g/exact_match", "on", "in"]
     assert "no interval" in page.cells[0][5]
+
+
+def test_a_rate_at_the_edge_of_what_was_tried_is_marked(tmp_path, twelve):
+    assert "a better one may lie beyond" not in page_of(tmp_path, twelve).source
+    axes = {"model": "m", "compression": "none", "pet": "lora", "restoring": "cpet", "task": "t"}
+    records = [made.record({**axes, "seed": i}) for i in range(3)]
+    for record, at_the_edge in zip(records, (True, False, True), strict=True):
+        record["training"]["selection"] = {"chosen": {"lr": 1e-3}, "at_the_edge": at_the_edge}
+    records[2]["training"]["steps"] = 0  # put together of what was trained elsewhere
+    page = page_of(tmp_path, made.write(tmp_path / "runs" / "edge", records))
+    assert [row[-1] for row in page.cells.values()] == ["0.001edge", "0.001", "–"]
+    assert "a better one may lie beyond" in page.source
 
 
 def test_large_tables(tmp_path):
