@@ -132,6 +132,21 @@ def test_names_that_files_and_models_may_not_share_are_left_to_the_run():
     assert "'q_proj'" in layers_say("lora", HEADLESS, "gpt2", target_modules=["q_proj"])
 
 
+def test_layers_that_are_usual_for_no_such_model_have_to_be_named():
+    text = layers_say("lora", model_type="unheard-of")
+    assert text.startswith("pet.target_modules: PEFT has no usual layers for lora on models of type unheard-of: name some.")
+    assert text.endswith("Allowed: q_proj, v_proj.")
+    assert "Allowed: norm." in layers_say("ln_tuning", model_type="opt") and layers_say("ln_tuning") is None
+    for method in ("ia3", "nola", "vera"):
+        assert "pet.target_modules" in layers_say(method, model_type="unheard-of")
+    assert "pet.feedforward_modules" in layers_say("ia3", model_type="unheard-of", target_modules=["q_proj"])
+    named = {"target_modules": ["q_proj"], "feedforward_modules": []}
+    assert layers_say("ia3", model_type="unheard-of", **named) is None
+    assert layers_say("lora", model_type="unheard-of", target_parameters=["q_proj.weight"]) is None
+    for method in ("bitfit", "full", "prompt_tuning", "adaption_prompt"):  # those whose layers are not named, or by PEFT's code
+        assert layers_say(method, model_type="unheard-of") is None
+
+
 def test_blocks_that_are_not_there_are_told():
     text = layers_say("lora", target_modules=["q_proj"], layers_to_transform=[9])
     assert text == "pet.layers_to_transform: its blocks are 0 to 1; there is no block 9 to put a module on"

@@ -57,8 +57,10 @@ def fields(cls):
         yield field.name, found | ({"default": default} if type(default) in (int, float) else {})
 
 found = {"methods": {k.value.lower(): dict(fields(c)) for k, c in kinds.items()}, "targets": {}}
-for name in found["methods"]:
-    usual = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name.upper()}_TARGET_MODULES_MAPPING", {})
+MAPPING = "TRANSFORMERS_MODELS_TO_{}_MODULES_MAPPING"
+for name in [*found["methods"], "ia3_feedforward"]:
+    word = "IA3_FEEDFORWARD" if name == "ia3_feedforward" else f"{name.upper()}_TARGET"
+    usual = getattr(constants, MAPPING.format(word.replace("LN_TUNING", "LNTUNING")), {})
     found["targets"][name] = {k: v if isinstance(v, str) else sorted(v) for k, v in usual.items()}
 print(json.dumps(found))
 """
@@ -67,7 +69,7 @@ print(json.dumps(found))
 @cache
 def _peft() -> dict[str, Any]:
     """What _SCRIPT says. StopError where PEFT cannot be asked."""
-    return kept_index(f"peft-values-{version('peft')}", _SCRIPT, "PEFT's list of methods")
+    return kept_index(f"peft-methods-{version('peft')}", _SCRIPT, "PEFT's list of methods")
 
 
 def peft_fields() -> dict[str, dict[str, dict[str, Any]]]:
@@ -76,7 +78,10 @@ def peft_fields() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def usual_targets(method: str) -> dict[str, list[str] | str]:
-    """By a model's type, the layers that one of PEFT's methods is put on where the matrix names none."""
+    """By a model's type, the layers that one of PEFT's methods is put on where the matrix names none.
+
+    `ia3_feedforward`: those of IA3's layers whose inputs it scales.
+    """
     return _peft()["targets"].get(method, {})
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .catalogue import peft_fields, usual_targets
-from .own import plain_name
+from .catalogue import peft_fields, pet_methods, usual_targets
+from .own import OWN, plain_name
 from .rank_limits import is_target, target_names
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Modules that need no tensor in a model's files: a head that shares the embeddings' table, activations, dropout.
 _WITHOUT = re.compile("head|embed|shared|wte|wpe|act|drop|rotary|output")
+_NORM = re.compile("norm|^ln")
 _WHOLE = ("model.", "transformer.", "gpt_neox.")  # names of blocks that begin so are those that the model has
 OFT_FIELDS = ("oft_block_size", "r")
 
@@ -37,6 +38,7 @@ def told(pet: PetSettings, size: ModelSize, *, same_names: bool, same_shapes: bo
     # Not of adaption_prompt, which takes the end of a name; of those without the field there is nothing to be told.
     if known and same_names and method != "adaption_prompt":
         refuse_names(fields.get("target_modules"), size)
+    refuse_unusual(method, fields, size)
     refuse_indices(method, fields, size)
     count = fields.get("num_virtual_tokens")
     if isinstance(count, int) and size.positions and (why := no_room(size.positions, count)):
@@ -69,6 +71,26 @@ def refuse_names(wanted: list[str] | str | None, size: ModelSize) -> None:
         missing = sorted(w for w in wanted if not _WITHOUT.search(w) and _within(w) not in ends)
     if missing:
         raise not_named(missing, size.shapes)
+
+
+def refuse_unusual(method: str, fields: Mapping[str, Any], size: ModelSize) -> None:
+    """InputError where a method's layers have to be named: PEFT has none that are usual for models of this type."""
+    by_field = {"target_modules": "lora" if method in OWN else method}
+    if method == "ia3":
+        by_field["feedforward_modules"] = "ia3_feedforward"
+    for key, mapping in by_field.items():
+        usual = usual_targets(mapping)
+        takes = key in pet_methods().get(method, ()) and fields.get(key) is None and not fields.get("target_parameters")
+        if not (takes and usual and size.model_type) or size.model_type in usual:
+            continue
+        norms = [name for name in size.modules if _NORM.search(name.rpartition(".")[2])]
+        message = f"PEFT has no usual layers for {method} on models of type {size.model_type}: name some"
+        raise InputError(message, key=f"pet.{key}", allowed=kinds(norms if method == "ln_tuning" else size.shapes))
+
+
+def kinds(layers: Iterable[str]) -> list[str]:
+    """What layers of these names are called within their blocks."""
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def refuse_indices(method: str, fields: Mapping[str, Any], size: ModelSize) -> None:
@@ -117,8 +139,7 @@ def name_ends(names: Iterable[str]) -> set[str]:
 def not_named(missing: list[str], layers: Iterable[str]) -> InputError:
     """That no module has the names `missing`; layers: names of those that there are."""
     message = f"No module of the model is named {', '.join(map(repr, missing))}."
-    allowed = sorted({name.rpartition(".")[2] for name in layers})
-    return InputError(message, key="pet.target_modules", given=missing[0], allowed=allowed)
+    return InputError(message, key="pet.target_modules", given=missing[0], allowed=kinds(layers))
 
 
 def _within(wanted: str) -> str:
