@@ -21,7 +21,7 @@ from .models.sources import adapter_identity
 from .pet.given import check_local
 from .pet.own import plain_name
 from .pet.rewriting import as_saved, rewrites
-from .plan_parts import adalora_settings, content_of, control_settings, order_settings, replaces_weights, resized
+from .plan_parts import adalora_settings, content_of, control_settings, cut_by, order_settings, replaces_weights, resized
 from .plan_select import choose
 from .settings import CalibrationSettings, DistillSettings, RecoverSettings, TaskSettings, TrainSettings
 from .steps import Step, make_step
@@ -322,18 +322,19 @@ class Planner:
 
     @once("model", "compression", "task")
     def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
-        compressed = self._compressed(cell)
+        compressed, (cuts, narrower) = self._compressed(cell), cut_by(cell)
         needs = {"dense": self.model(cell), "model": compressed}
         name = f"{cell.axes['model']} {cell.axes['compression']}"
         if recover.init == "eora":
             calibration = recover.calibration
             own = {"documents": calibration.documents, "max_tokens": calibration.max_tokens, "seed": calibration.seed}
             place = ("restoring", cell.axes["restoring"], "recover", "calibration")
-            inner = {"model": compressed, "pairs": self._calibration(cell, calibration, *place)}
-            label = f"input moments of {name}"
-            needs["moments"] = self.add("moments", own | self.numeric, inner, label, work=calibration.documents)
+            seen, of = (needs["dense"], cell.axes["model"]) if narrower else (compressed, name)
+            inner = {"model": seen, "pairs": self._calibration(cell, calibration, *place)}
+            label, work = f"input moments of {of}", calibration.documents
+            needs["moments"] = self.add("moments", own | self.numeric, inner, label, work=work)
         settings = {"method": recover.init, "r": recover.r, "scale": recover.scale}
-        return self.add("compensation", settings, needs, f"{recover.init} start for {name}")
+        return self.add("compensation", settings, needs, f"{recover.init} start for {name}", params={"compressions": cuts})
 
     @once("compression", "pet", "restoring")
     def _probe_settings(self, cell: Cell) -> tuple[Fixed, tuple[str, ...]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell
+from .compression import narrows
 from .errors import InputError
 from .models.sources import adapter_identity
 from .pet.own import plain_name
@@ -50,6 +51,16 @@ def resized(cell: Cell) -> bool:
         return False
     method = plain_name(other.pet.method)
     return method in ("adalora", "p_tuning", "multitask_prompt_tuning") or bool(other.pet.fields.get("prefix_projection"))
+
+
+def cut_by(cell: Cell) -> tuple[int, bool]:
+    """How many compressions' cuts a compensation follows, and whether layers may have lost inputs by them.
+
+    Those are there in the dense model alone, which is where its moments then come from. A student's layers were trained to be
+    others, so that none of its errors is that of a cut.
+    """
+    names = [choice.name for choice in cell.compression]
+    return (0, False) if "student" in names else (len(names), any(map(narrows, names)))
 
 
 def order_settings(train: TrainSettings) -> dict[str, Any]:

@@ -24,6 +24,16 @@ class Cut:
     runs: int = 1
     of: int | None = None
 
+    def over_runs(self, kept: tuple[int, ...], total: int, what: str) -> tuple[int, ...]:
+        """Places among `total` of what is `kept` of each run. StepFailed where `what` has others than the dense model."""
+        if total % self.runs:
+            raise StepFailed(f"{what} has {total} entries, which are no {self.runs} like runs")
+        length = total // self.runs
+        if length != (self.of or length) or max(kept) >= length:
+            wanted = f"{self.of * self.runs}" if self.of else f"more than {max(kept) * self.runs}"
+            raise StepFailed(f"{what} has {total} entries where the dense model has {wanted}")
+        return tuple(run * length + i for run in range(self.runs) for i in kept)
+
 
 @dataclass
 class Cuts:

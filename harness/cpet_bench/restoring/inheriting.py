@@ -143,13 +143,7 @@ def _cut(tensor: torch.Tensor, cut: Cut, dims: tuple[Any, Any], what: str) -> to
             f"{what} cannot be cut: the layer lost {lost} in the compression, which this tensor does not have one by one; "
             "leave the layer out of target_modules, or do not inherit"
         )
-    if tensor.shape[dim] % cut.runs:
-        raise StepFailed(f"{what} has {tensor.shape[dim]} entries, which are no {cut.runs} like runs")
-    length = tensor.shape[dim] // cut.runs
-    if length != (cut.of or length) or max(kept) >= length:
-        wanted = f"{cut.of * cut.runs}" if cut.of else f"more than {max(kept) * cut.runs}"
-        raise StepFailed(f"{what} has {tensor.shape[dim]} entries where the dense model has {wanted}")
-    index = torch.tensor([run * length + i for run in range(cut.runs) for i in kept])
+    index = torch.tensor(cut.over_runs(kept, tensor.shape[dim], what))
     return tensor.index_select(dim, index)
 
 

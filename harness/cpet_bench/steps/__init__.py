@@ -63,7 +63,7 @@ _ALL = [
         "teacher", 1, (*TORCH, "peft"), "tuning:run_teacher", "restoring.distill", "restoring.layerwise", "deployment", *_PASS
     ),
     _kind("moments", 1, TORCH, "tuning:run_moments", "restoring.compensate", "models.passes", "models.arch"),
-    _kind("compensation", 1, TORCH, "tuning:run_compensation", "restoring.compensate", "models.arch"),
+    _kind("compensation", 1, TORCH, "tuning:run_compensation", "restoring.compensate", "restoring.cuts", "models.arch"),
     _kind("tune", 1, (*TORCH, "peft", "bitsandbytes"), "tuning:run_tune", *_TUNE),
     _kind(
         "trial",

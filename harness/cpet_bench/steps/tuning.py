@@ -362,8 +362,10 @@ def run_moments(ctx: Context) -> dict:
 def run_compensation(ctx: Context) -> dict:
     """The recovery that reproduces the compression's error best at rank r."""
     from ..restoring.compensate import compensation
+    from ..restoring.cuts import read_cuts
 
     s = ctx.settings
     with ctx.model() as model:
         moments = ctx.inputs.get("moments")
-        return compensation(ctx.inputs["dense"], model, moments, s["r"], s["method"], ctx.out, ctx.progress)
+        cuts = read_cuts(model, ctx.inputs["model"], ctx.params.get("compressions", 0))
+        return compensation(ctx.inputs["dense"], model, moments, s["r"], s["method"], ctx.out, ctx.progress, cuts)
