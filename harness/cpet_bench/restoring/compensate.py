@@ -209,6 +209,8 @@ def compensation(
         for done, name in enumerate(order):
             compressed, origin = dense_weight(layers[name]), origins[name]
             w = dense_weight(original[origin.name]).to(compressed.device)
+            if cuts:
+                w = _rounded_as(w, layers[name])
             w = w if origin.outputs is None else w[list(origin.outputs)]
             if moments and (index[read[name]], origin.inputs) != held:
                 held = index[read[name]], origin.inputs
@@ -266,6 +268,13 @@ def _origins(original: dict[str, nn.Module], layers: dict[str, nn.Module], cuts:
     if problems:
         raise Unsupported(f"the compressed model has other layers than the dense one, and so no error to make up: {problems}")
     return found
+
+
+def _rounded_as(w: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """`w` in the format of a layer that keeps plain weights: what was not cut has no other error than that of rounding."""
+    weight = getattr(layer, "weight", None)
+    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    return w.to(weight.dtype).float() if plain else w
 
 
 def _seen_from(w: torch.Tensor, inputs: tuple | None, h: torch.Tensor | None, root: torch.Tensor | None) -> tuple:
