@@ -147,6 +147,7 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
         Column("auroc", "AUROC", "Quality", lambda e: value(e.sibling("auroc")), metric, "higher"),
         Column("log_loss", "log-loss", "Quality", lambda e: value(e.sibling("log_loss")), metric, "lower"),
         Column("gap", "gap to D", "Quality", Entry.gap, lambda v: metric(v, signed=True), better, to_d),
+        Column("rate", "rate", "Tuning", rate, "{:g}".format, hint="learning rate", mark=edge),
         Column("trainable", "trainable", "Size", trainable, lambda v: figure(v, 1e6), "lower", unit="million"),
         sized("disk", "on disk"),
         sized("resident", "resident"),
@@ -156,7 +157,6 @@ def number_columns(primary: str | None, better: str) -> list[Column]:
         Column("train_seconds", "training", "Cost", lambda e: e.training("seconds"), figure, "lower", unit="s"),
         Column("inherited", "from D", "Cost", inherited, figure, "lower", from_d, "steps"),
         Column("seconds", "in all", "Cost", cost, figure, "lower", unit="s"),
-        Column("rate", "rate", "Tuning", rate, "{:g}".format, hint="learning rate", mark=edge),
     ]
 
 

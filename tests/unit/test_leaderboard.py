@@ -105,14 +105,14 @@ def test_every_cell_and_its_numbers(tmp_path, twelve):
         gap = acc["value"] - dense[reference]["metrics"]["acc"]["value"] if reference else None
         assert found[7] == ("–" if gap is None else f"{gap:+.3f}".replace("-", "−"))
         trainable = training.get("trainable_parameters")
-        assert found[8] == {None: "–", 921_600: "0.922", 9_805_824: "9.81"}[trainable]
-        assert found[9] == f"{probes['disk']['value'] / 1e6:.0f}" and found[10] == f"{probes['resident']['value'] / 1e6:.0f}"
+        assert found[8] == ("0.001" if training else "–")
+        assert found[9] == {None: "–", 921_600: "0.922", 9_805_824: "9.81"}[trainable]
+        assert found[10] == f"{probes['disk']['value'] / 1e6:.0f}" and found[11] == f"{probes['resident']['value'] / 1e6:.0f}"
         simulated = "sim." if record["simulated"] else ""
-        assert found[12].endswith(simulated) and found[12].startswith(f"{probes['decode']['value']:.1f}")
-        assert found[13] == ("44" if record["compression"] else "–")
-        assert found[15] == ("40" if (training or {}).get("inherited") else "–")
-        assert found[16] == "410"
-        assert found[17] == ("0.001" if training else "–")
+        assert found[13].endswith(simulated) and found[13].startswith(f"{probes['decode']['value']:.1f}")
+        assert found[14] == ("44" if record["compression"] else "–")
+        assert found[16] == ("40" if (training or {}).get("inherited") else "–")
+        assert found[17] == "410"
 
 
 def test_data_is_the_records(tmp_path, twelve):
@@ -246,7 +246,7 @@ def test_a_rate_at_the_edge_of_what_was_tried_is_marked(tmp_path, twelve):
         record["training"]["selection"] = {"chosen": {"lr": 1e-3}, "at_the_edge": at_the_edge}
     records[2]["training"]["steps"] = 0  # put together of what was trained elsewhere
     page = page_of(tmp_path, made.write(tmp_path / "runs" / "edge", records))
-    assert [row[-1] for row in page.cells.values()] == ["0.001edge", "0.001", "–"]
+    assert [row[7] for row in page.cells.values()] == ["0.001edge", "0.001", "–"]
     assert "a better one may lie beyond" in page.source
 
 
