@@ -322,7 +322,7 @@ class Planner:
 
     @once("model", "compression", "task")
     def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
-        compressed, (cuts, narrower) = self._compressed(cell), cut_by(cell)
+        compressed, (params, cuts, narrower) = self._compressed(cell), cut_by(cell)
         needs = {"dense": self.model(cell), "model": compressed}
         name = f"{cell.axes['model']} {cell.axes['compression']}"
         if recover.init == "eora":
@@ -333,8 +333,8 @@ class Planner:
             inner = {"model": seen, "pairs": self._calibration(cell, calibration, *place)}
             label, work = f"input moments of {of}", calibration.documents
             needs["moments"] = self.add("moments", own | self.numeric, inner, label, work=work)
-        settings = {"method": recover.init, "r": recover.r, "scale": recover.scale}
-        return self.add("compensation", settings, needs, f"{recover.init} start for {name}", params={"compressions": cuts})
+        settings = {"method": recover.init, "r": recover.r, "scale": recover.scale, **cuts}
+        return self.add("compensation", settings, needs, f"{recover.init} start for {name}", params=params)
 
     @once("compression", "pet", "restoring")
     def _probe_settings(self, cell: Cell) -> tuple[Fixed, tuple[str, ...]]:

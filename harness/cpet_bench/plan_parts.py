@@ -53,14 +53,18 @@ def resized(cell: Cell) -> bool:
     return method in ("adalora", "p_tuning", "multitask_prompt_tuning") or bool(other.pet.fields.get("prefix_projection"))
 
 
-def cut_by(cell: Cell) -> tuple[int, bool]:
-    """How many compressions' cuts a compensation follows, and whether layers may have lost inputs by them.
+def cut_by(cell: Cell) -> tuple[dict[str, int], dict[str, int], bool]:
+    """Of a compensation: params (how many compressions' cuts it follows), settings where some may have cut, and whether layers
+    may have lost inputs.
 
     Those are there in the dense model alone, which is where its moments then come from. A student's layers were trained to be
     others, so that none of its errors is that of a cut.
     """
     names = [choice.name for choice in cell.compression]
-    return (0, False) if "student" in names else (len(names), any(map(narrows, names)))
+    if "student" in names:
+        return {"compressions": 0}, {}, False
+    narrower = any(map(narrows, names))
+    return {"compressions": len(names)}, {"cuts": 1} if narrower or "depth" in names else {}, narrower
 
 
 def order_settings(train: TrainSettings) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def test_layers_that_are_usual_for_no_such_model_have_to_be_named():
     text = layers_say("lora", model_type="unheard-of")
     assert text.startswith("pet.target_modules: PEFT has no usual layers for lora on models of type unheard-of: name some.")
     assert text.endswith("Allowed: q_proj, v_proj.")
+    assert layers_say("lora", {}, model_type="unheard-of").endswith("name some")  # packed weights show no shapes
     assert "Allowed: norm." in layers_say("ln_tuning", model_type="opt") and layers_say("ln_tuning") is None
     for method in ("ia3", "nola", "vera"):
         assert "pet.target_modules" in layers_say(method, model_type="unheard-of")
@@ -143,7 +144,7 @@ def test_layers_that_are_usual_for_no_such_model_have_to_be_named():
     named = {"target_modules": ["q_proj"], "feedforward_modules": []}
     assert layers_say("ia3", model_type="unheard-of", **named) is None
     assert layers_say("lora", model_type="unheard-of", target_parameters=["q_proj.weight"]) is None
-    for method in ("bitfit", "full", "prompt_tuning", "adaption_prompt"):  # those whose layers are not named, or by PEFT's code
+    for method in ("bitfit", "full", "prompt_tuning", "adaption_prompt", "osf"):  # not named, or found by PEFT's code
         assert layers_say(method, model_type="unheard-of") is None
 
 

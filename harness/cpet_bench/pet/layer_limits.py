@@ -75,6 +75,8 @@ def refuse_names(wanted: list[str] | str | None, size: ModelSize) -> None:
 
 def refuse_unusual(method: str, fields: Mapping[str, Any], size: ModelSize) -> None:
     """InputError where a method's layers have to be named: PEFT has none that are usual for models of this type."""
+    if method == "osf":  # PEFT's own choice there is all of the linear ones
+        return
     by_field = {"target_modules": "lora" if method in OWN else method}
     if method == "ia3":
         by_field["feedforward_modules"] = "ia3_feedforward"
@@ -85,7 +87,7 @@ def refuse_unusual(method: str, fields: Mapping[str, Any], size: ModelSize) -> N
             continue
         norms = [name for name in size.modules if _NORM.search(name.rpartition(".")[2])]
         message = f"PEFT has no usual layers for {method} on models of type {size.model_type}: name some"
-        raise InputError(message, key=f"pet.{key}", allowed=kinds(norms if method == "ln_tuning" else size.shapes))
+        raise InputError(message, key=f"pet.{key}", allowed=kinds(norms if method == "ln_tuning" else size.shapes) or None)
 
 
 def kinds(layers: Iterable[str]) -> list[str]:

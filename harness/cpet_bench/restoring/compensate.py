@@ -3,10 +3,7 @@
 E = W - W', W' the weight as the compressed layer really computes it; H the mean of x xT over the layer's inputs x. Of all maps
 of rank r, U2 U1 makes ||E - U2 U1||_H^2 = tr((E - U2 U1) H (E - U2 U1)T), the mean squared error of the layer's output, least.
 Any root of H serves to find it: with H = L LT and E L = U S VT, U2 U1 = U_r U_rT E (the paper's L is Q sqrt(D), H = Q D QT).
-
-Where a layer lost inputs (structured pruning), those left, K, stand in for the lost ones, P, as far as the one can be told from
-the other: x_P is predicted by H_PK H_KK^-1 x_K, so that E = W_K + W_P H_PK H_KK^-1 - W', and H_KK is its norm. Only the dense
-model has all inputs, so H is of its own there. Outputs that are gone are left out of W.
+Of layers that lost inputs: `lost_inputs`.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,9 +22,9 @@ from ..errors import StepFailed, Unsupported
 from ..models.arch import block_linears, body, dense_weight, features
 from ..models.loading import load_model
 from ..models.passes import text_inputs
-from ..pet.methods import differences
 from ..settings import RecoverSettings
-from .cuts import Cut, Cuts
+from . import lost_inputs
+from .cuts import Cuts
 from .recover import kaiming_, write
 
 BUDGET = 4 << 30  # bytes of moments kept at once; where all of them are more, the documents are run again for the rest
@@ -190,8 +186,9 @@ def compensation(
         raise StepFailed(f"compensation {method} {'needs' if method == 'eora' else 'takes no'} input moments")
     original = block_linears(load_model(Path(dense)))
     layers = block_linears(model)
-    origins = _origins(original, layers, cuts)
-    index = json.loads(Path(moments, "moments.json").read_text())["layers"] if moments else {}
+    origins = lost_inputs.origins(original, layers, cuts)
+    about = json.loads(Path(moments, "moments.json").read_text()) if moments else {"layers": {}, "tokens": 0}
+    index = about["layers"]
     read = {name: origin.name if index.keys() == original.keys() else name for name, origin in origins.items()}
     lost = any(origin.inputs is not None for origin in origins.values())
     if moments and index.keys() != original.keys() and (lost or index.keys() != layers.keys()):
@@ -209,24 +206,26 @@ def compensation(
         for done, name in enumerate(order):
             compressed, origin = dense_weight(layers[name]), origins[name]
             w = dense_weight(original[origin.name]).to(compressed.device)
-            if cuts:
-                w = _rounded_as(w, layers[name])
-            w = w if origin.outputs is None else w[list(origin.outputs)]
-            if moments and (index[read[name]], origin.inputs) != held:
-                held = index[read[name]], origin.inputs
+            w = lost_inputs.as_it_was(w, origin, layers[name]) if cuts else w
+            left = origin.inputs
+            if moments and (index[read[name]], left) != held:
+                held = index[read[name]], left
                 h = _moment(Path(moments), held[0]).to(w.device)
-                root = moment_root(h if origin.inputs is None else h[list(origin.inputs)][:, list(origin.inputs)])
-            wanted, beyond, size = _seen_from(w, origin.inputs, h, root)
+                root = moment_root(h if left is None else lost_inputs.damped(h, left, about["tokens"]))
+            wanted = w if left is None else lost_inputs.seen_from(w, left, h, root)
             u1, u2, sizes = low_rank(wanted - compressed, root, r, generator, name)
             weights[f"{name}.U1"], weights[f"{name}.U2"] = u1, u2
-            errors = [s + beyond for s in sizes]
-            before, after, whole = before + errors[0], after + errors[1], whole + size
-            shares.setdefault(name.rpartition(".")[2], []).append(errors[1] / errors[0] if errors[0] else 0.0)
             reachable += sizes[0]
+            if left is not None:
+                size, *sizes = lost_inputs.errors(w, left, h, compressed, compressed + u2 @ u1)
+            else:
+                size = float((w if root is None else w @ root).square().sum())
+            before, after, whole = before + sizes[0], after + sizes[1], whole + size
+            shares.setdefault(name.rpartition(".")[2], []).append(sizes[1] / sizes[0] if sizes[0] else 0.0)
             progress(done + 1, len(layers), name)
     if cuts and not reachable:
-        known = "" if moments else ", and svd does not look at how the inputs it lost go with those that are left: eora does"
-        raise Unsupported(f"each layer that is left computes what it did, so there is no error to make up{known}")
+        hint = "; eora looks at how the inputs that a layer lost go with those left" if lost and not moments else ""
+        raise Unsupported(f"each layer that is left computes what it did, so there is no error to make up{hint}")
     write(Path(out), weights, RecoverSettings(r=r, act="identity", init=method))
     every = [s for values in shares.values() for s in values]
     return {
@@ -239,61 +238,6 @@ def compensation(
         "left": sum(every) / len(every),
         "left_by_kind": {kind: sum(values) / len(values) for kind, values in shares.items()},
     }
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """A layer's name in the dense model, and the places there of its outputs and inputs (None: all)."""
-
-    name: str
-    outputs: tuple[int, ...] | None = None
-    inputs: tuple[int, ...] | None = None
-
-
-def _origins(original: dict[str, nn.Module], layers: dict[str, nn.Module], cuts: Cuts | None) -> dict[str, _Origin]:
-    """By layer of the compressed model. Unsupported where the models differ in more than was cut."""
-    found: dict[str, _Origin] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for was, module in original.items():
-        here = cuts.renamed(was) if cuts else was
-        if here is None:
-            continue
-        n_in, n_out = features(module)
-        cut = cuts.layers.get(here, Cut()) if cuts else Cut()
-        outputs = None if cut.outputs is None else cut.over_runs(cut.outputs, n_out, was)
-        inputs = None if cut.inputs is None else cut.over_runs(cut.inputs, n_in, was)
-        found[here] = _Origin(was, outputs, inputs)
-        shapes[here] = (n_in if inputs is None else len(inputs), n_out if outputs is None else len(outputs))
-    problems = differences(shapes, {name: features(m) for name, m in layers.items()})
-    if problems:
-        raise Unsupported(f"the compressed model has other layers than the dense one, and so no error to make up: {problems}")
-    return found
-
-
-def _rounded_as(w: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """`w` in the format of a layer that keeps plain weights: what was not cut has no other error than that of rounding."""
-    weight = getattr(layer, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-    return w.to(weight.dtype).float() if plain else w
-
-
-def _seen_from(w: torch.Tensor, inputs: tuple | None, h: torch.Tensor | None, root: torch.Tensor | None) -> tuple:
-    """What comes nearest to `w` (out x all inputs) from the inputs that are left, what of its output they cannot tell, and all.
-
-    h: of all inputs; root: of H among those that are left. The last two are mean squares, summed over outputs.
-    """
-    if inputs is None:
-        return w, 0.0, float((w if root is None else w @ root).square().sum())
-    kept = torch.zeros(w.shape[1], dtype=torch.bool, device=w.device)
-    kept[list(inputs)] = True
-    left, gone = w[:, list(inputs)], w[:, ~kept]
-    if root is None:  # H = 1: no input says anything of another
-        return left, float(gone.square().sum()), float(w.square().sum())
-    h, lost = h.double(), gone.double()
-    across = lost @ h[~kept][:, list(inputs)]
-    carried = torch.cholesky_solve(across.t(), root.double()).t()
-    beyond = float(((lost @ h[~kept][:, ~kept]) * lost).sum() - (carried * across).sum())
-    return left + carried.to(left.dtype), max(0.0, beyond), float(((w.double() @ h) * w.double()).sum())
 
 
 @contextmanager

@@ -51,6 +51,7 @@ _SCORING = tuple(f"evaluation.{m}" for m in ("scorer", "batching", "forward", "g
 _PASS = ("training_model", "training_rows", "models.arch")
 _TRAIN = ("training", "training_losses", "training_masters", "training_scale", "training_state", "training_stopping", *_PASS)
 _MORE = ("restoring.cuts", "restoring.inheriting", "restoring.projection", "restoring.layerwise")
+_START = ("restoring.compensate", "restoring.lost_inputs", "restoring.cuts", "models.arch")
 _RESTORE = ("restoring.recover", "restoring.fairness", *_MORE)
 _TUNE = (*_TRAIN, "pet.methods", "pet.nola", "pet.whole", "pet.prompts", "pet.allocating", *_RESTORE)
 _METRICS = ("evaluation.metrics", "evaluation.intervals", "stats")
@@ -63,7 +64,7 @@ _ALL = [
         "teacher", 1, (*TORCH, "peft"), "tuning:run_teacher", "restoring.distill", "restoring.layerwise", "deployment", *_PASS
     ),
     _kind("moments", 1, TORCH, "tuning:run_moments", "restoring.compensate", "models.passes", "models.arch"),
-    _kind("compensation", 1, TORCH, "tuning:run_compensation", "restoring.compensate", "restoring.cuts", "models.arch"),
+    _kind("compensation", 1, TORCH, "tuning:run_compensation", *_START),
     _kind("tune", 1, (*TORCH, "peft", "bitsandbytes"), "tuning:run_tune", *_TUNE),
     _kind(
         "trial",

@@ -349,7 +349,8 @@ def run_teacher(ctx: Context) -> dict:
 
 
 def run_moments(ctx: Context) -> dict:
-    """Mean of x xT of every linear layer's input, over calibration documents passed through the compressed model."""
+    """Mean of x xT of every linear layer's input, over calibration documents passed through the model: the compressed one, or
+    the dense one where layers of that lost inputs."""
     from ..evaluation.pairs import calibration_ids
     from ..restoring.compensate import input_moments
 
