@@ -27,6 +27,8 @@ from cpet_bench.restoring.inheriting import fits, start_of
 
 CHAINS = {
     "structured, depth": [(Structured, STRUCTURED), (Depth, {"drop": [1]})],
+    "structured but for a block, depth": [(Structured, {**STRUCTURED, "spare": [1, 0]}), (Depth, {"drop": [2]})],
+    "structured but for the block that goes": [(Structured, {**STRUCTURED, "spare": [1, 0]}), (Depth, {"drop": [0]})],
     "depth, structured": [(Depth, {"drop": [1]}), (Structured, STRUCTURED)],
     "structured twice": [(Structured, {**STRUCTURED, "ratio": 0.2}), (Structured, {**STRUCTURED, "importance": "l2"})],
     "depth twice, structured": [(Depth, {"drop": [0]}), (Depth, {"drop": [1]}), (Structured, STRUCTURED)],

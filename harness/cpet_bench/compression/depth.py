@@ -111,6 +111,7 @@ class Depth:
         if settings.order == "bi" and not examples:
             raise StepFailed("block influence needs calibration documents, and there are none")
         from ..models.pool import canary
+        from ..models.widths import KEY, note_widths
 
         model, _ = load_plain(source, device, "float32")
         lists = counts(model)
@@ -129,6 +130,8 @@ class Depth:
             gone = set(settings.drop or order[: going[name]])
             kept[name] = [i for i in range(blocks) if i not in gone]
             keep_blocks(model, name, field, kept[name])
+        if hasattr(model.config, KEY):  # of blocks that have other numbers now
+            note_widths(model)
         facts = {"kept_blocks": kept, "parameters": model.num_parameters(), **facts}
         note = {"backend": "depth", **settings.model_dump(mode="json"), **facts}
         note["blocks"] = {name: blocks for name, (_, blocks) in lists.items()}
