@@ -1,0 +1,37 @@
+"""What a compensated start is made from, by what the compression took."""
+
+from made_plans import MACHINE
+
+from conftest import SMOKE
+from cpet_bench.cells import expand
+from cpet_bench.matrix import load_matrix
+from cpet_bench.plan import Planner
+
+PLANNED = """
+extends: {smoke}
+name: cut
+compression:
+  none: none
+  pruned: {{backend: magnitude, pattern: "2:4"}}
+  narrow: {{backend: structured, ratio: 0.2}}
+  twice: [{{backend: structured, ratio: 0.2}}, {{backend: rtn, bits: 4, group: 8}}]
+  short: [{{backend: depth, drop: [0]}}, {{backend: rtn, bits: 4, group: 8}}]
+  small: {{backend: student, blocks: 1, width: 0.8}}
+restoring: {{eora: {{recover: {{r: 4, act: identity, init: eora}}}}}}
+exclude: []
+include: [{{pet: lora, restoring: eora}}]
+"""
+
+
+def test_moments_are_of_the_dense_model_where_inputs_were_lost(tmp_path):
+    """One for all that were cut, since it has the same; and only of what was cut is a start made as it was not before."""
+    (tmp_path / "cut.yaml").write_text(PLANNED.format(smoke=SMOKE))
+    matrix = load_matrix(tmp_path / "cut.yaml")
+    plan = Planner(matrix, MACHINE).build(cells := expand(matrix))
+    starts = {cell.axes["compression"]: plan.steps[plan.steps[plan.roles[cell.id]["tune"]].needs["init"]] for cell in cells}
+    read = {name: plan.steps[start.needs["moments"]].needs["model"] for name, start in starts.items()}
+    dense = {name for name, start in starts.items() if read[name] == start.needs["dense"] and name != "none"}
+    assert dense == {"narrow", "twice"} and len({starts[name].needs["moments"] for name in dense}) == 1
+    assert {name for name, start in starts.items() if start.settings.get("cuts")} == {"narrow", "twice", "short"}
+    counts = {name: start.params["compressions"] for name, start in starts.items()}
+    assert counts == {"none": 0, "small": 0, "twice": 2, "short": 2} | dict.fromkeys(("pruned", "narrow", "nf4", "wanda24"), 1)
