@@ -181,7 +181,7 @@ def compensated(made, arch, method, r, out, compressed="pruned"):
     return compensation(folder / "dense", model, moments, r, method, out, quiet), model
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_compensation_of_a_pruned_model(made, tmp_path, arch):
     folder, examples, _ = made(arch)
     dense, pruned = load_model(folder / "dense"), load_model(folder / "pruned")

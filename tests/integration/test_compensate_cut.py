@@ -36,7 +36,10 @@ def made(source, out, chain):
     return model, read_cuts(model, source, len(chain))
 
 
-@pytest.mark.parametrize(("arch", "chain"), [("llama", "structured, depth, rtn"), ("gpt2", "structured"), ("t5", "structured")])
+@pytest.mark.parametrize(
+    ("arch", "chain"),
+    [("llama", "structured, depth, rtn"), ("gpt2", "structured"), pytest.param("t5", "structured", marks=pytest.mark.slow)],
+)
 def test_the_inputs_left_stand_in_for_those_lost(folders, tmp_path, arch, chain):
     dense = load_model(folders / arch)
     seen, layers = inputs_of(dense, DOCUMENTS), block_linears(dense)
