@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from typing import Any
 
-from . import registry
+from . import plan_parts, registry
 from .cells import Cell
 from .compression import calibrated, narrows
 from .errors import InputError
@@ -355,7 +355,7 @@ class Planner:
         if cell.restoring and cell.restoring.recover:
             settings["recover"] = {"r": cell.restoring.recover.r, "act": cell.restoring.recover.act}
         if cell.restoring and cell.restoring.control:
-            settings["control"] = {k: v for k, v in self._control(cell).items() if k not in ("extra_steps", "rows")}
+            settings["control"] = plan_parts.probed_control(self._control(cell))
         return fixed(settings), tuple(packages)
 
     @once("model", "compression", "pet", "restoring", "task")

@@ -41,6 +41,12 @@ def control_settings(cell: Cell, base: Path) -> dict[str, Any]:
     return found
 
 
+def probed_control(control: dict[str, Any]) -> dict[str, Any]:
+    """What of a control's settings its size follows from. Earlier versions probed `wider` as D, with its ranks not extended."""
+    found = {k: v for k, v in control.items() if k not in ("extra_steps", "rows")}
+    return found | ({"ranks": "extended"} if control["control"] == "wider" else {})
+
+
 def resized(cell: Cell) -> bool:
     """Whether the cell a control is matched to inherits a module of another size than its fields say.
 

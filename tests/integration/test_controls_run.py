@@ -12,7 +12,6 @@ model: {tiny: {source: "tiny:llama", options: {hidden: 64, layers: 2, heads: 4, 
 compression: {none: none, nf4: {backend: bitsandbytes, type: nf4}, wanda24: null}
 pet:
   none: none
-  lora: null
   ptuning: {method: p-tuning, num_virtual_tokens: 4}
   adalora: {method: adalora, init_r: 4, target_r: 2, total_step: 8, tinit: 1, tfinal: 2, target_modules: all-linear}
 restoring:
@@ -22,11 +21,18 @@ restoring:
   cpet-eora: null
   matched: {control: matched, of: cpet}
   small: {control: matched, of: inherit}
+  wider: {inherit: true, control: wider, of: cpet}
 train: {steps: 8, batch: 4, documents: 48, max_tokens: 64, warmup: 2}
 task: {smoke_sentiment: {limit: 10}}
 seed: [0]
 probes: {throughput: false, memory: true}
-exclude: [{pet: none}, {compression: none}, {restoring: [vanilla, inherit]}, {pet: adalora, restoring: small}]
+exclude:
+  - {pet: none}
+  - {compression: none}
+  - {restoring: [vanilla, inherit]}
+  - {pet: adalora, restoring: [small, wider]}
+  - {pet: ptuning, restoring: wider}
+  - {pet: lora, restoring: [matched, small]}
 """
 
 
@@ -51,6 +57,14 @@ def test_a_control_has_the_size_of_what_was_inherited(pet, restoring, of, record
     wanted, found = other["training"]["trainable_parameters"], control["training"]["trainable_parameters"]
     assert abs(found - wanted) <= 0.01 * wanted
     assert control["training"]["by_part"] == {"lora": found}  # controls are LoRA
+
+
+@pytest.mark.slow
+def test_an_extended_module_is_as_large_in_memory_as_what_it_is_held_against(records):
+    wider, other = records["lora", "wider"], records["lora", "cpet"]
+    assert wider["status"] == other["status"] == "done", wider["reason"] or other["reason"]
+    trained = 4 * other["training"]["trainable_parameters"]  # bytes
+    assert abs(wider["probes"]["resident"]["value"] - other["probes"]["resident"]["value"]) <= 0.01 * trained
 
 
 @pytest.mark.slow

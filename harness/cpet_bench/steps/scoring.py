@@ -37,7 +37,7 @@ def run_probe(ctx: Context) -> dict:
     from ..models.loading import load_tokenizer
     from ..probes import memory, throughput
     from ..worker import reset_peak
-    from .tuning import attach_parts, inherited_by_other
+    from .tuning import attach_parts, attach_wider, inherited_by_other
 
     settings = ProbeSettings.model_validate(ctx.settings["probes"])
     found = {}
@@ -46,8 +46,12 @@ def run_probe(ctx: Context) -> dict:
     with ctx.model() as model:
         pet, recover = ctx.settings["pet"], ctx.settings.get("recover")
         recovery = RecoverSettings(r=recover["r"], act=recover["act"]) if recover else None
-        kept = inherited_by_other(ctx, model)
-        with attach_parts(model, pet, recovery, ctx.settings.get("control"), seed=0, kept=kept) as deployed:
+        control = ctx.settings.get("control")
+        if control and control["control"] == "wider":
+            parts = attach_wider(model, pet, control, ctx.scratch)
+        else:
+            parts = attach_parts(model, pet, recovery, control, seed=0, kept=inherited_by_other(ctx, model))
+        with parts as deployed:
             deployed.eval()
             if settings.throughput:
                 ctx.progress(0, 1, "speed")

@@ -48,6 +48,22 @@ def attach_parts(
             methods.detach(deployed)
 
 
+@contextmanager
+def attach_wider(model, pet: dict, control: dict, scratch: Path):
+    """`model` with an untrained PET module on it whose ranks are extended as those of a `wider` control are."""
+    from ..pet import methods
+    from ..restoring.fairness import wider
+
+    with attach_parts(model, pet, None, None, seed=0) as fresh:
+        methods.save(fresh, scratch / "fresh")
+    wider(scratch / "fresh", target_parameters(model, control), scratch / "wider")
+    deployed = methods.attach_saved(model, scratch / "wider", trainable=False)
+    try:
+        yield deployed
+    finally:
+        methods.detach(deployed)
+
+
 def from_random(pet: PetSettings) -> PetSettings:
     """`pet` with a random start where its own is taken out of the base weights, which may be packed integers here."""
     from ..pet.rewriting import rewrites
