@@ -78,11 +78,11 @@ def peft_fields() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def usual_targets(method: str) -> dict[str, list[str] | str]:
-    """By a model's type, the layers that one of PEFT's methods is put on where the matrix names none.
+    """By a model's type, the layers that a method is put on where the matrix names none; our own have those of LoRA.
 
     `ia3_feedforward`: those of IA3's layers whose inputs it scales.
     """
-    return _peft()["targets"].get(method, {})
+    return _peft()["targets"].get("lora" if method in OWN else method, {})
 
 
 def pet_methods() -> dict[str, list[str]]:

@@ -65,10 +65,11 @@ def check_given(folder: Path, pet: PetSettings, model: Any) -> None:
 
     from ..models.arch import block_linears
     from . import methods
+    from .layer_limits import kinds
 
     found = differs(folder, pet)
     if not found and not own.saved_in(folder) and pet.fields.get("target_modules"):
-        every = {name.rpartition(".")[2] for name in block_linears(model)}
+        every = set(kinds(block_linears(model)))
         with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
             held = every & {part for name in file.keys() for part in name.split(".")}
         fresh = methods.attach(model, pet)
@@ -76,7 +77,7 @@ def check_given(folder: Path, pet: PetSettings, model: Any) -> None:
         methods.detach(fresh)
         wanted = every & {part for name in trained for part in name.split(".")}
         if held != wanted:
-            both = [", ".join(sorted(kinds)) or "none of the linear layers" for kinds in (held, wanted)]
+            both = [", ".join(sorted(names)) or "none of the linear layers" for names in (held, wanted)]
             found = f"it is on {both[0]}, and `pet` says {both[1]}"
     if found:
         raise StepFailed(found)

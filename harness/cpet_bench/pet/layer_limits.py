@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .catalogue import peft_fields, pet_methods, usual_targets
-from .own import OWN, plain_name
+from .own import plain_name
 from .rank_limits import is_target, target_names
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def refuse_unusual(method: str, fields: Mapping[str, Any], size: ModelSize) -> N
     """InputError where a method's layers have to be named: PEFT has none that are usual for models of this type."""
     if method == "osf":  # PEFT's own choice there is all of the linear ones
         return
-    by_field = {"target_modules": "lora" if method in OWN else method}
+    by_field = {"target_modules": method}
     if method == "ia3":
         by_field["feedforward_modules"] = "ia3_feedforward"
     for key, mapping in by_field.items():

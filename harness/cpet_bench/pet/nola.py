@@ -25,6 +25,7 @@ from ..errors import InputError, StepFailed
 from ..models.arch import block_linears, features
 from ..restoring.recover import _Beside, _device, _key, _name, linears
 from ..settings import PetSettings
+from .layer_limits import kinds
 from .methods import differences
 from .own import FILES as ALL_FILES
 from .own import NolaSettings, own_settings
@@ -251,10 +252,10 @@ def _targets(model: nn.Module, settings: NolaSettings) -> dict[str, nn.Module]:
     here, wanted = linears(model), settings.target_modules
     if wanted is None:
         wanted = usual.get(model.config.model_type)
-    kinds = {name.rpartition(".")[2] for name in block_linears(model)}
+    every = kinds(block_linears(model))
     if not wanted:
         message = f"Models of type {model.config.model_type} have no usual target layers: name them."
-        raise InputError(message, key="pet.target_modules", given="", allowed=kinds)
+        raise InputError(message, key="pet.target_modules", given="", allowed=every)
     if wanted == "all-linear":
         return here
     if isinstance(wanted, str):
@@ -264,7 +265,7 @@ def _targets(model: nn.Module, settings: NolaSettings) -> dict[str, nn.Module]:
     missing = [w for w, names in found.items() if not names]
     if missing:
         message = f"No linear layer of the blocks is named {', '.join(map(repr, missing))}."
-        raise InputError(message, key="pet.target_modules", given=missing[0], allowed=kinds)
+        raise InputError(message, key="pet.target_modules", given=missing[0], allowed=every)
     chosen = {name for names in found.values() for name in names}
     return {name: module for name, module in here.items() if name in chosen}
 

@@ -85,7 +85,7 @@ def target_names(
     """Which of these layers a method with these fields is put on; None where their names in files do not tell it."""
     wanted, left = fields.get("target_modules"), fields.get("exclude_modules") or []
     if wanted is None and not fields.get("target_parameters"):
-        wanted = usual_targets("lora" if method in OWN else method).get(model_type)
+        wanted = usual_targets(method).get(model_type)
     narrower = fields.get("modules_to_save") or fields.get("layers_to_transform") not in (None, [])
     if not wanted or isinstance(left, str) or narrower:
         return None

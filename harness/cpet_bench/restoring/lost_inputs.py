@@ -85,10 +85,10 @@ def seen_from(w: torch.Tensor, inputs: tuple[int, ...], h: torch.Tensor | None, 
 
 def errors(w: torch.Tensor, inputs: tuple[int, ...], h: torch.Tensor | None, *found: torch.Tensor) -> list[float]:
     """Mean square of what `w` gives of all inputs, and of how far each of `found` (out x left) is from that; over outputs."""
-    sizes = []
+    sizes, h = [], None if h is None else h.double()
     for weight in (None, *found):
         off = w.double()
         if weight is not None:
             off[:, list(inputs)] -= weight.double()
-        sizes.append(float(off.square().sum() if h is None else ((off @ h.double()) * off).sum()))
+        sizes.append(float(off.square().sum() if h is None else ((off @ h) * off).sum()))
     return sizes
