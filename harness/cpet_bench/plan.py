@@ -323,18 +323,18 @@ class Planner:
     @once("model", "compression", "task")
     def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
         compressed, (params, cuts, narrower) = self._compressed(cell), cut_by(cell)
-        needs = {"dense": self.model(cell), "model": compressed}
-        name = f"{cell.axes['model']} {cell.axes['compression']}"
+        needs, name = {"dense": self.model(cell), "model": compressed}, f"{cell.axes['model']} {cell.axes['compression']}"
+        settings: dict[str, Any] = {"method": recover.init, "r": recover.r, "scale": recover.scale, **cuts}
         if recover.init == "eora":
-            calibration = recover.calibration
-            own = {"documents": calibration.documents, "max_tokens": calibration.max_tokens, "seed": calibration.seed}
-            place = ("restoring", cell.axes["restoring"], "recover", "calibration")
-            seen, of = (needs["dense"], cell.axes["model"]) if narrower else (compressed, name)
-            inner = {"model": seen, "pairs": self._calibration(cell, calibration, *place)}
-            label, work = f"input moments of {of}", calibration.documents
-            needs["moments"] = self.add("moments", own | self.numeric, inner, label, work=work)
-        settings = {"method": recover.init, "r": recover.r, "scale": recover.scale, **cuts}
-        return self.add("compensation", settings, needs, f"{recover.init} start for {name}", params=params)
+            own, work = plan_parts.calibration_settings(recover.calibration) | self.numeric, recover.calibration.documents
+            pairs = self._calibration(cell, recover.calibration, "restoring", cell.axes["restoring"], "recover", "calibration")
+            if recover.sequential:
+                needs["pairs"], settings = pairs, settings | own | {"sequential": 1}
+            else:
+                seen, of = (needs["dense"], cell.axes["model"]) if narrower else (compressed, name)
+                label, inner = f"input moments of {of}", {"model": seen, "pairs": pairs}
+                needs["moments"] = self.add("moments", own, inner, label, work=work)
+        return self.add("compensation", settings, needs, f"{recover.start} start for {name}", params=params)
 
     @once("compression", "pet", "restoring")
     def _probe_settings(self, cell: Cell) -> tuple[Fixed, tuple[str, ...]]:

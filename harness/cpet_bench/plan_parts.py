@@ -11,7 +11,7 @@ from .errors import InputError
 from .models.sources import adapter_identity
 from .pet.own import plain_name
 from .pet.rewriting import as_saved, rewrites
-from .settings import PetSettings, TrainSettings
+from .settings import CalibrationSettings, PetSettings, TrainSettings
 
 BESIDE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")  # what LoRA trains beside its factors
 
@@ -71,6 +71,11 @@ def cut_by(cell: Cell) -> tuple[dict[str, int], dict[str, int], bool]:
         return {"compressions": 0}, {}, False
     narrower = any(map(narrows, names))
     return {"compressions": len(names)}, {"cuts": 1} if narrower or "depth" in names else {}, narrower
+
+
+def calibration_settings(calibration: CalibrationSettings) -> dict[str, Any]:
+    """What says which documents a compensated start is calibrated on, of those of its training text."""
+    return {"documents": calibration.documents, "max_tokens": calibration.max_tokens, "seed": calibration.seed}
 
 
 def order_settings(train: TrainSettings) -> dict[str, Any]:

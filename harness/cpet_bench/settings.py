@@ -140,19 +140,27 @@ class RecoverSettings(Settings):
     """CPET's recovery modules beside every linear layer of the blocks: y = layer(x) + alpha / r * U2 act(U1 x).
 
     init: zero (CPET), or from the compression's error: svd, eora (arXiv 2410.21271); those two need act identity.
+    sequential: eora block by block, each layer making up for what those before it left, too (restoring/sequential.py).
     """
 
     r: Positive = 16
     alpha: float | None = Field(None, gt=0, le=1e6, description="None: as r, so that the scale is 1")
     act: Literal["gelu", "sigmoid", "identity"] = "gelu"
     init: Literal["zero", "svd", "eora"] = "zero"
+    sequential: bool = False
     calibration: CalibrationSettings = CalibrationSettings(documents=256)
 
     @model_validator(mode="after")
     def _linear(self):
         if self.init != "zero" and self.act != "identity":
             raise ValueError(f"init {self.init} needs act identity (a linear map is what it reconstructs)")
+        if self.sequential and self.init != "eora":
+            raise ValueError(f"sequential is a way of init eora, and init is {self.init}")
         return self
+
+    @property
+    def start(self) -> str:
+        return f"sequential {self.init}" if self.sequential else self.init
 
     @property
     def scale(self) -> float:

@@ -36,6 +36,12 @@ def made(source, out, chain):
     return model, read_cuts(model, source, len(chain))
 
 
+def outputs_left(cut, total):
+    if not cut or not cut.outputs:
+        return list(range(total))
+    return [run * (total // cut.runs) + i for run in range(cut.runs) for i in cut.outputs]
+
+
 @pytest.mark.parametrize(
     ("arch", "chain"),
     [("llama", "structured, depth, rtn"), ("gpt2", "structured"), pytest.param("t5", "structured", marks=pytest.mark.slow)],
@@ -49,15 +55,13 @@ def test_the_inputs_left_stand_in_for_those_lost(folders, tmp_path, arch, chain)
     for r in (4, 256):  # more than any layer's width: the whole error
         facts[r] = compensation(folders / arch, model, tmp_path / "moments", r, "eora", tmp_path / "out", quiet, cuts)
         found[r] = load_file(tmp_path / "out/recovery.safetensors")
-    now, sums = block_linears(model), dict.fromkeys(("whole", "before", 4, 256), 0.0)
+    now, sums, shares = block_linears(model), dict.fromkeys(("whole", "before", 4, 256), 0.0), {}
     names = {here: was for was in layers if (here := cuts.renamed(was))}
     assert names.keys() == now.keys() and len(names) < len(layers) or cuts.blocks == {}
     for here, was in names.items():
         cut, w, x = cuts.layers.get(here), dense_weight(layers[was]).double(), seen[was]
         inputs = list(cut.inputs) if cut and cut.inputs else list(range(w.shape[1]))
-        outputs = list(range(len(w)))
-        if cut and cut.outputs:
-            outputs = [run * (len(w) // cut.runs) + i for run in range(cut.runs) for i in cut.outputs]
+        outputs = outputs_left(cut, len(w))
         wanted, left = x @ w[outputs].t(), x[:, inputs]
         own = left @ w[outputs][:, inputs].t()
         weight = (RIDGE * len(inputs) * left.square().mean(dim=0)).sqrt().diag()  # tokens times the ridge, whose root it is
@@ -65,17 +69,22 @@ def test_the_inputs_left_stand_in_for_those_lost(folders, tmp_path, arch, chain)
         best = own + left @ least.solution
         given = left @ dense_weight(now[here]).double().t()
         scale = wanted.square().sum()
+        before = (wanted - given).square().sum()
         for r in (4, 256):
             made_up = left @ (found[r][f"{here}.U2"].double() @ found[r][f"{here}.U1"].double()).t()
             error = (wanted - given - made_up).square().sum()
             sums[r] += float(error)
+            if r == 4 and before > 1e-9 * scale:
+                shares.setdefault(here.rpartition(".")[2], []).append(float(error / before))
             if r == 256:
                 assert (given + made_up - best).square().sum() < 1e-6 * scale, here
         sums["whole"] += float(scale)
-        sums["before"] += float((wanted - given).square().sum())
+        sums["before"] += float(before)
     for r in (4, 256):
         assert facts[r]["error_before"] == pytest.approx(sums["before"] / sums["whole"], rel=1e-3)
         assert facts[r]["error_after"] == pytest.approx(sums[r] / sums["whole"], rel=1e-2)
+    assert facts[4]["left"] == pytest.approx(sum(map(sum, shares.values())) / sum(map(len, shares.values())), rel=1e-2)
+    assert facts[4]["left_by_kind"] == pytest.approx({kind: sum(each) / len(each) for kind, each in shares.items()}, rel=1e-2)
     assert facts[256]["error_after"] < facts[4]["error_after"] < facts[4]["error_before"]
 
 

@@ -35,3 +35,21 @@ def test_moments_are_of_the_dense_model_where_inputs_were_lost(tmp_path):
     assert {name for name, start in starts.items() if start.settings.get("cuts")} == {"narrow", "twice", "short"}
     counts = {name: start.params["compressions"] for name, start in starts.items()}
     assert counts == {"none": 0, "small": 0, "twice": 2, "short": 2} | dict.fromkeys(("pruned", "narrow", "nf4", "wanda24"), 1)
+
+
+def test_a_sequential_start_reads_the_text_itself(tmp_path):
+    """Its key tells it, and the text, from a start that takes each layer by itself, whose key is as it was before."""
+    text = PLANNED.format(smoke=SMOKE)
+    text = text.replace("eora}}}", "eora}}, seq: {recover: {r: 4, act: identity, init: eora, sequential: true}}}")
+    (tmp_path / "cut.yaml").write_text(text.replace("restoring: eora}]", "restoring: [eora, seq]}]"))
+    matrix = load_matrix(tmp_path / "cut.yaml")
+    plan = Planner(matrix, MACHINE).build(cells := expand(matrix))
+    starts = {
+        (cell.axes["compression"], cell.axes["restoring"]): plan.steps[plan.steps[plan.roles[cell.id]["tune"]].needs["init"]]
+        for cell in cells
+    }
+    assert len({start.key for start in starts.values()}) == len(cells)
+    for (compression, restoring), start in starts.items():
+        assert start.needs.keys() == {"dense", "model", "pairs" if restoring == "seq" else "moments"}
+        assert {"sequential", "documents", "seed"} <= start.settings.keys() or restoring == "eora"
+        assert bool(start.settings.get("cuts")) == (compression in ("narrow", "twice", "short"))

@@ -99,6 +99,12 @@ def test_eora_needs_a_linear_recovery(tmp_path):
     assert caught.value.line == 12
 
 
+def test_a_sequential_start_is_one_of_eora(tmp_path):
+    with pytest.raises(InputError, match="sequential is a way of init eora, and init is svd") as caught:
+        load(BASE.replace("recover: {r: 4}", "recover: {r: 4, act: identity, init: svd, sequential: true}"), tmp_path)
+    assert caught.value.key == "restoring.cpet.recover" and caught.value.line == 12
+
+
 COMPRESSIONS = [
     ("gptq, bits: 5", "bits", "5 is not one of 2, 3, 4 or 8"),
     ("gptq, group: 48", "group", "48 is not one of -1, 16, 32, 64, 128, 256, 512 or 1024"),

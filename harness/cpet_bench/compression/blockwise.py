@@ -54,7 +54,7 @@ def change_blocks(
     with torch.no_grad():
         for name in lists:
             blocks = model.get_submodule(name)
-            kinds = _kinds(model, len(blocks))
+            kinds = kinds_of(model, len(blocks))
             batches = first_inputs(opened, name, examples, ended)
             if name == lists[-1]:
                 ended.clear()
@@ -63,10 +63,10 @@ def change_blocks(
                     mine = {n: m for n, m in opened.layers.items() if n.startswith(f"{name}.{i}.")}
                     sets = [mine]
                     if in_turn:
-                        looked = _observed(block, kinds[i], mine, batches[:1], lambda *_: None, device)
+                        looked = observed(block, kinds[i], mine, batches[:1], lambda *_: None, device)
                         sets = [group for group, _ in looked]
                     for some in sets:
-                        found = _observed(block, kinds[i], some, batches, observe, device)
+                        found = observed(block, kinds[i], some, batches, observe, device)
                         while found:  # each statistic may be as large as a layer
                             change(*found.pop(0))
                     done += 1
@@ -78,13 +78,13 @@ def change_blocks(
                 progress(done, total, f"block {done} of {total}")
 
 
-def _kinds(model, blocks: int) -> list[int]:
+def kinds_of(model, blocks: int) -> list[int]:
     """For each block the first one of its kind: kinds of attention differ in the mask and positions the model gives them."""
     types = getattr(model.config, "layer_types", None) or ()
     return [types.index(kind) for kind in types] if len(types) == blocks else [0] * blocks
 
 
-def _observed(
+def observed(
     block, kind: int, layers: dict[str, Any], batches: list[dict[str, Any]], observe, device: str | None
 ) -> list[tuple[dict, Any]]:
     """Groups of layers that read one tensor, each with the statistic of it over all batches."""
@@ -143,7 +143,7 @@ def first_inputs(opened: Whole, name: str, examples: list[list[int]], ended: dic
     class Caught(Exception):
         pass
 
-    kinds = sorted(set(_kinds(model, len(blocks))))
+    kinds = sorted(set(kinds_of(model, len(blocks))))
     between = [f"{name}.{i}" for i in range(kinds[-1])]
     batch: dict[str, Any] = {}
 

@@ -177,7 +177,8 @@ def compensation(
     r, the rest is an untrained recovery: a random row of U1 and a zero column of U2.
 
     Returns: facts: method, r, layers, seconds, error_before and error_after (mean squared error of the layers' outputs as a
-        share of their mean square, over all layers), left (of a layer's error, a mean over layers), left_by_kind.
+        share of their mean square, over all layers), left (of a layer's error, a mean over the layers
+        that have one; None where none has), left_by_kind.
     Raises: StepFailed, Unsupported: the two models have other layers or shapes, or a cut left no error that a layer could make
         up.
     """
@@ -193,16 +194,14 @@ def compensation(
     lost = any(origin.inputs is not None for origin in origins.values())
     if moments and index.keys() != original.keys() and (lost or index.keys() != layers.keys()):
         raise StepFailed("the input moments are those of another model")
-    generator = torch.Generator().manual_seed(0)
-    weights: dict[str, torch.Tensor] = {}
-    shares: dict[str, list[float]] = {}
-    before = after = whole = reachable = 0.0
+    found = Found(r, method)
+    reachable = 0.0
     h = root = held = None
     order = list(layers)
     if moments:  # those that share an input together, so that each root is found once
         places = {entry["tensor"]: i for i, entry in enumerate(index.values())}
         order.sort(key=lambda name: places[index[read[name]]["tensor"]])
-    with torch.no_grad(), _one_blas_thread():
+    with torch.no_grad(), one_blas_thread():
         for done, name in enumerate(order):
             compressed, origin = dense_weight(layers[name]), origins[name]
             w = dense_weight(original[origin.name]).to(compressed.device)
@@ -213,35 +212,59 @@ def compensation(
                 h = _moment(Path(moments), held[0]).to(w.device)
                 root = moment_root(h if left is None else lost_inputs.damped(h, left, about["tokens"]))
             wanted = w if left is None else lost_inputs.seen_from(w, left, h, root)
-            u1, u2, sizes = low_rank(wanted - compressed, root, r, generator, name)
-            weights[f"{name}.U1"], weights[f"{name}.U2"] = u1, u2
+            u1, u2, sizes = found.factors(name, wanted - compressed, root)
             reachable += sizes[0]
             if left is not None:
                 size, *sizes = lost_inputs.errors(w, left, h, compressed, compressed + u2 @ u1)
             else:
                 size = float((w if root is None else w @ root).square().sum())
-            before, after, whole = before + sizes[0], after + sizes[1], whole + size
-            shares.setdefault(name.rpartition(".")[2], []).append(sizes[1] / sizes[0] if sizes[0] else 0.0)
+            found.count(name, size, *sizes)
             progress(done + 1, len(layers), name)
     if cuts and not reachable:
         hint = "; eora looks at how the inputs that a layer lost go with those left" if lost and not moments else ""
         raise Unsupported(f"each layer that is left computes what it did, so there is no error to make up{hint}")
-    write(Path(out), weights, RecoverSettings(r=r, act="identity", init=method))
-    every = [s for values in shares.values() for s in values]
-    return {
-        "method": method,
-        "r": r,
-        "layers": len(layers),
-        "seconds": time.perf_counter() - began,
-        "error_before": before / whole,
-        "error_after": after / whole,
-        "left": sum(every) / len(every),
-        "left_by_kind": {kind: sum(values) / len(values) for kind, values in shares.items()},
-    }
+    return found.saved(out) | {"seconds": time.perf_counter() - began}
+
+
+class Found:
+    """The factors of a compensation, layer by layer, and how much of the error they leave."""
+
+    def __init__(self, r: int, method: str, sequential: bool = False):
+        self.settings = RecoverSettings(r=r, act="identity", init=method, sequential=sequential)
+        self.weights: dict[str, torch.Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
+        self._shares: dict[str, list[float]] = {}
+        self._whole = self._before = self._after = 0.0
+
+    def factors(self, name: str, e: torch.Tensor, root: torch.Tensor | None) -> tuple:
+        """`low_rank` of a layer's error, kept."""
+        u1, u2, sizes = low_rank(e, root, self.settings.r, self._generator, name)
+        self.weights[f"{name}.U1"], self.weights[f"{name}.U2"] = u1, u2
+        return u1, u2, sizes
+
+    def count(self, name: str, whole: float, before: float, after: float) -> None:
+        """Mean squares of a layer's outputs: of themselves, and of their error before and after."""
+        self._whole, self._before, self._after = self._whole + whole, self._before + before, self._after + after
+        if before:
+            self._shares.setdefault(name.rpartition(".")[2], []).append(after / before)
+
+    def saved(self, out: Path) -> dict:
+        """Facts, after the factors are written to `out`."""
+        write(Path(out), self.weights, self.settings)
+        every = [share for shares in self._shares.values() for share in shares]
+        return {
+            "method": self.settings.init,
+            "r": self.settings.r,
+            "layers": len(self.weights) // 2,
+            "error_before": self._before / self._whole,
+            "error_after": self._after / self._whole,
+            "left": sum(every) / len(every) if every else None,
+            "left_by_kind": {kind: sum(shares) / len(shares) for kind, shares in self._shares.items()},
+        }
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """One thread for scipy, whose pool and torch's wait for each other: on two busy cores both pools took 15 times as long."""
     from threadpoolctl import threadpool_limits
 

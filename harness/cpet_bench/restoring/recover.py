@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import StepFailed
 from ..models.arch import block_linears, features
@@ -210,7 +211,7 @@ def _install(model, targets, weights, settings: RecoverSettings, trainable: bool
         u1, u2 = (weights[f"{name}.{u}"].to(device, torch.float32) for u in ("U1", "U2"))
         recovery = Recovery(u1, u2, settings.act, settings.scale)
         added[_key(name)] = recovery
-        hooks.append(module.register_forward_hook(_beside(recovery)))
+        hooks.append(put_beside(module, recovery))
     added.requires_grad_(trainable)
     added.train(model.training)
     sets[str(len(sets))] = added
@@ -221,8 +222,6 @@ def _device(module: nn.Module) -> torch.device:
     return held.device if held is not None else next(module.buffers()).device
 
 
-def _beside(recovery: Recovery):
-    def hook(module, args, output):
-        return recovery(args[0], output)
-
-    return hook
+def put_beside(module: nn.Module, recovery: Recovery) -> RemovableHandle:
+    """Add what `recovery` gives to what `module` gives, until the handle is removed."""
+    return module.register_forward_hook(lambda module, args, output: recovery(args[0], output))

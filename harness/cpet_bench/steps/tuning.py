@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -378,11 +378,18 @@ def run_moments(ctx: Context) -> dict:
 
 def run_compensation(ctx: Context) -> dict:
     """The recovery that reproduces the compression's error best at rank r."""
+    from ..evaluation.pairs import calibration_ids
     from ..restoring.compensate import compensation
     from ..restoring.cuts import read_cuts
+    from ..restoring.sequential import sequential_compensation
 
     s = ctx.settings
     with ctx.model() as model:
-        moments = ctx.inputs.get("moments")
         cuts = read_cuts(model, ctx.inputs["model"], ctx.params.get("compressions", 0))
-        return compensation(ctx.inputs["dense"], model, moments, s["r"], s["method"], ctx.out, ctx.progress, cuts)
+        if not s.get("sequential"):
+            moments = ctx.inputs.get("moments")
+            return compensation(ctx.inputs["dense"], model, moments, s["r"], s["method"], ctx.out, ctx.progress, cuts)
+        examples = calibration_ids(ctx.inputs["pairs"], s["documents"], s["max_tokens"], s["seed"])
+        same = ctx.keys["dense"] == ctx.keys["model"]
+        with nullcontext(model) if same else ctx.model("dense") as dense:
+            return sequential_compensation(dense, ctx.inputs["dense"], model, examples, s["r"], ctx.out, ctx.progress, cuts)

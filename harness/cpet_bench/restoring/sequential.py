@@ -1,0 +1,205 @@
+"""Compensation in sequence: each layer's part is found with those before it in place, and aims at what the dense model gives.
+
+Plain compensation (compensate.py) takes a layer's error by itself, W x - W' x on inputs that both are given. In use a layer is
+not given what the dense one is: what all layers before it got wrong comes in, and no layer makes up for that. Here x is what
+enters the layer in the dense model, and x' what enters it in the compressed one when all that runs before it has its part
+already. Of all maps M of x',
+
+    E|W x - M x'|^2 + |(M - W_K) D^1/2|^2   is least at   M = W (A + D_K) (H + D)^-1,   A = E x x'T, H = E x' x'T.
+
+K are the inputs that are left (all, but for structured pruning, whose lost inputs are so predicted from the others). D is a
+ridge, as in lost_inputs.py: few tokens say little, and M then stays near W. The error is E = M - W', and its rank-r part is
+found in the norm H + D as in compensate.py. The aim is that of GPTAQ's asymmetric calibration (arXiv 2504.02692), there of
+quantised weights, here of low-rank factors beside them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compression.blockwise import OTHERS, first_inputs, kinds_of, observed, run_block
+from ..compression.streaming import Whole
+from ..errors import Unsupported
+from ..models.arch import block_linears, block_lists, dense_weight
+from ..models.loading import load_model
+from . import lost_inputs
+from .compensate import Found, Progress, moment_root, one_blas_thread
+from .cuts import Cuts
+from .lost_inputs import RIDGE, Origin
+from .recover import Recovery, put_beside
+
+NOISE = 1e-6  # of a layer's mean square: what the rounding of its moments may leave
+
+
+class _Reached(Exception):
+    """The layer that is watched was reached; the rest of the block need not run."""
+
+
+class _Side:
+    """One of the two models, run block by block over the same documents, a list of blocks (encoder, decoder) at a time."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.opened = model, Whole(model, Path(), Path(), "it is resident")
+        self.ended: dict[str, list[Any]] = {}
+
+    def enter(self, name: str, examples: list[list[int]]) -> None:
+        """Go to before the first block of the list `name`."""
+        self.name, self.blocks, self.at = name, self.model.get_submodule(name), 0
+        self.kinds = kinds_of(self.model, len(self.blocks))
+        self.batches = first_inputs(self.opened, name, examples, self.ended)
+
+    def advance(self, to: int) -> None:
+        """Run blocks until `to` (the first block that was not run); after the last, what it gives is kept for the next list."""
+        for number in range(self.at, to):
+            outputs = [run_block(self.blocks[number], batch, self.kinds[number]) for batch in self.batches]
+            for batch, output in zip(self.batches, outputs, strict=True):
+                batch["hidden"] = output[0]
+            if number + 1 == len(self.blocks):
+                self.ended[self.name] = outputs
+        self.at = to
+
+    def read(self, layer: nn.Module, batch: dict[str, Any], name: str) -> torch.Tensor:
+        """What `layer` of the block at hand reads for a batch, (tokens x in) in fp32, padding left out."""
+        seen: list[torch.Tensor] = []
+
+        def catch(module, args):
+            seen.append(args[0])
+            raise _Reached
+
+        handle = layer.register_forward_pre_hook(catch)
+        try:
+            run_block(self.blocks[self.at], batch, self.kinds[self.at])
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        if not seen:
+            raise Unsupported(f"no input reaches {name} of the dense model, so there is nothing that it should give; {OTHERS}")
+        flat, real = seen[0].reshape(-1, seen[0].shape[-1]), batch["real"].reshape(-1)
+        if len(flat) != real.numel():
+            raise Unsupported(f"not every token goes through {name}, so what it reads is not the calibration text")
+        return flat[real.to(flat.device)].float()
+
+
+def sequential_compensation(
+    dense: nn.Module,
+    folder: Path,
+    model: nn.Module,
+    examples: list[list[int]],
+    r: int,
+    out: Path,
+    progress: Progress,
+    cuts: Cuts | None = None,
+) -> dict:
+    """Write to `out` the recovery (identity activation, scale 1) of rank `r` beside every layer, found as said above.
+
+    Args:
+        dense: the dense model, resident as `model` is; folder: its files, whose weights are read in fp32.
+        model: the compressed model, resident; it is given back without what is put beside its layers meanwhile.
+        examples: token ids by calibration document. cuts: what structural compression took out of `model`.
+    Takes, for each set of layers that read the same, a pass of both models through the block as far as them.
+
+    Returns: facts: as `compensation`, and sequential, documents, tokens. Errors are those against what the dense layer gives on
+        its own inputs; before: without the layer's own part, and with those of all that run before it.
+    Raises: Unsupported: a layer that not all tokens go through, or other layers than the dense model has.
+    """
+    began = time.perf_counter()
+    original, layers = block_linears(load_model(Path(folder))), block_linears(model)
+    origins = lost_inputs.origins(original, layers, cuts)
+    theirs, found, tokens = block_linears(dense), Found(r, "eora", sequential=True), sum(map(len, examples))
+    old, new = _Side(dense), _Side(model)
+    handles = []
+    with torch.no_grad(), one_blas_thread(), _taken_off(handles):
+        lists = block_lists(model)
+        for name in lists:
+            for side in (old, new):
+                side.enter(name, examples)
+            for number in range(len(new.blocks)):
+                mine = {n: m for n, m in layers.items() if n.startswith(f"{name}.{number}.")}
+                old.advance(_block_of(origins, mine, name, number))
+                block, kind = new.blocks[number], new.kinds[number]
+                for group, _ in observed(block, kind, mine, new.batches[:1], lambda *_: None, None):
+                    first = next(iter(group))
+                    moments = _moments(old, new, theirs[origins[first].name], group[first], first)
+                    damping = RIDGE * len(moments[0]) / tokens * moments[0].diagonal()
+                    for layer_name, factors in _parts(group, origins, original, moments, damping, found, bool(cuts)).items():
+                        handles.append(put_beside(layers[layer_name], Recovery(*factors, "identity", 1.0)))
+                        progress(len(handles), len(layers), layer_name)
+                if name != lists[-1] or number + 1 < len(new.blocks):  # after the very last nothing runs
+                    new.advance(number + 1)
+            if name != lists[-1]:
+                old.advance(len(old.blocks))
+    about = {"sequential": True, "documents": len(examples), "tokens": tokens}
+    return found.saved(out) | about | {"seconds": time.perf_counter() - began}
+
+
+@contextmanager
+def _taken_off(handles: list) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _block_of(origins: dict[str, Origin], layers: dict[str, nn.Module], name: str, number: int) -> int:
+    """Which block of the dense model block `number` of the list `name` was."""
+    for here in layers:
+        return int(origins[here].name[len(name) + 1 :].partition(".")[0])
+    return number
+
+
+def _moments(old: _Side, new: _Side, was: nn.Module, layer: nn.Module, name: str) -> tuple[torch.Tensor, ...]:
+    """(H = E x' x'T, A = E x x'T, B = E x xT) over all tokens, fp32: x as the dense layer reads it, x' as this one does."""
+    sums: list[torch.Tensor] | None = None
+    tokens = 0
+    for theirs, ours in zip(old.batches, new.batches, strict=True):
+        here = new.read(layer, ours, name)
+        x = old.read(was, theirs, name).to(here.device)
+        products = (here.t() @ here, x.t() @ here, x.t() @ x)
+        sums = [a.add_(b) for a, b in zip(sums, products, strict=True)] if sums else list(products)
+        tokens += len(here)
+    return tuple(total / tokens for total in sums or ())
+
+
+def _parts(
+    group: dict[str, nn.Module],
+    origins: dict[str, Origin],
+    original: dict[str, nn.Module],
+    moments: tuple[torch.Tensor, ...],
+    damping: torch.Tensor,
+    found: Found,
+    cut: bool,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(U1, U2) by layer, for layers that read the same."""
+    h, across, whole = moments
+    kept = origins[next(iter(group))].inputs
+    kept = list(range(len(h))) if kept is None else list(kept)
+    root = moment_root(h + damping.diag())
+    near = across.clone()
+    near[kept, range(len(kept))] += damping
+    predicted = torch.cholesky_solve(near.double().t(), root.double()).t().float()  # (inputs of the dense layer x in)
+    parts = {}
+    for name, layer in group.items():
+        compressed = dense_weight(layer)
+        w = dense_weight(original[origins[name].name]).to(compressed.device)
+        w = lost_inputs.as_it_was(w, origins[name], layer) if cut else w
+        u1, u2, _ = found.factors(name, w @ predicted - compressed, root)
+        size = float(((w @ whole) * w).sum())
+        seen = (w @ across).double()
+
+        def error(m: torch.Tensor, size=size, seen=seen) -> float:
+            m = m.double()
+            left = size - 2 * float((seen * m).sum()) + float(((m @ h.double()) * m).sum())
+            return left if left > NOISE * size else 0.0
+
+        found.count(name, size, error(compressed), error(compressed + u2 @ u1))
+        parts[name] = (u1, u2)
+    return parts
