@@ -79,11 +79,17 @@ def test_methods_have_the_names_that_peft_has(records):
     assert set(records["ptuning", "cpet"]["training"]["by_part"]) == {"p_tuning", "recovery"}
 
 
-def test_layers_all_on_a_model_that_lost_neurons_and_heads(cli):
+def test_layers_all_and_a_sequential_start_on_a_model_that_lost_neurons_and_heads(cli):
     matrix = """
 name: narrow
 compression: {none: none, narrow: {backend: structured, ratio: 0.25, calibration: {documents: 16}}, nf4: null, wanda24: null}
-restoring: {vanilla: {}, cpet: null, cpet-eora: null, matched: null, all: {distill: {layers: all}}}
+restoring:
+  vanilla: {}
+  cpet: null
+  cpet-eora: null
+  matched: null
+  all: {distill: {layers: all}}
+  seq: {recover: {r: 4, act: identity, init: eora, sequential: true, calibration: {documents: 16}}}
 task: {smoke_sentiment: {limit: 10}}
 train: {steps: 3, batch: 2, documents: 8}
 seed: [0]
@@ -91,9 +97,14 @@ probes: {throughput: false, memory: false}
 exclude: [{pet: none}, {restoring: vanilla}]
 """
     done = cli("run", cli.matrix(matrix))
-    record = cli.records("narrow")["tiny--narrow--lora--all--smoke_sentiment--s0"]
+    records = cli.records("narrow")
+    record = records["tiny--narrow--lora--all--smoke_sentiment--s0"]
     assert done.returncode == 0 and record["status"] == "done", done.stdout + done.stderr
     assert all(row["distill"] > 0 for row in record["training"]["losses"])
+    for compression in ("none", "narrow"):
+        record = records[f"tiny--{compression}--lora--seq--smoke_sentiment--s0"]
+        assert record["status"] == "done" and record["training"]["by_part"]["recovery"] > 0
+        assert record["settings"]["restoring"]["recover"]["sequential"] is True
 
 
 def test_weights_of_distillation_are_not_chosen_for_an_encoder_decoder(cli):

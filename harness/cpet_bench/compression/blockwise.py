@@ -85,9 +85,12 @@ def kinds_of(model, blocks: int) -> list[int]:
 
 
 def observed(
-    block, kind: int, layers: dict[str, Any], batches: list[dict[str, Any]], observe, device: str | None
+    block, kind: int, layers: dict[str, Any], batches: list[dict[str, Any]], observe, device: str | None, instead: str = OTHERS
 ) -> list[tuple[dict, Any]]:
-    """Groups of layers that read one tensor, each with the statistic of it over all batches."""
+    """Groups of layers that read one tensor, each with the statistic of it over all batches, in the order they run.
+
+    instead: what works where a layer cannot be looked at so, for the message.
+    """
     leader: dict[str, str] = {}
     statistics: dict[str, Any] = {}
     first: dict[tuple, str] = {}
@@ -105,7 +108,7 @@ def observed(
             flat = x.reshape(-1, x.shape[-1])
             if len(flat) != real.numel():
                 raise Unsupported(
-                    f"not every token goes through {name}, so what it reads is not the calibration text; {OTHERS}"
+                    f"not every token goes through {name}, so what it reads is not the calibration text; {instead}"
                 )
             statistics[name] = observe(statistics.get(name), flat[real.reshape(-1).to(x.device)].float())
 
@@ -122,7 +125,7 @@ def observed(
             hook.remove()
     unused = [name for name in layers if name not in leader]
     if unused:
-        raise Unsupported(f"no input reaches {', '.join(unused[:6])}, so it cannot be changed by what it reads; {OTHERS}")
+        raise Unsupported(f"no input reaches {', '.join(unused[:6])}, so it cannot be changed by what it reads; {instead}")
     return [({n: layers[n] for n in layers if leader[n] == name}, found) for name, found in statistics.items()]
 
 

@@ -16,15 +16,14 @@ quantised weights, here of low-rank factors beside them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..compression.blockwise import OTHERS, first_inputs, kinds_of, observed, run_block
+from ..compression.blockwise import first_inputs, kinds_of, observed, run_block
 from ..compression.streaming import Whole
 from ..errors import Unsupported
 from ..models.arch import block_linears, block_lists, dense_weight
@@ -35,6 +34,7 @@ from .cuts import Cuts
 from .lost_inputs import RIDGE, Origin
 from .recover import Recovery, put_beside
 
+OTHERS = "init: svd reads no text"
 NOISE = 1e-6  # of a layer's mean square: what the rounding of its moments may leave
 
 
@@ -84,7 +84,7 @@ class _Side:
             raise Unsupported(f"no input reaches {name} of the dense model, so there is nothing that it should give; {OTHERS}")
         flat, real = seen[0].reshape(-1, seen[0].shape[-1]), batch["real"].reshape(-1)
         if len(flat) != real.numel():
-            raise Unsupported(f"not every token goes through {name}, so what it reads is not the calibration text")
+            raise Unsupported(f"not every token goes through {name}, so what it reads is not the calibration text; {OTHERS}")
         return flat[real.to(flat.device)].float()
 
 
@@ -115,9 +115,8 @@ def sequential_compensation(
     origins = lost_inputs.origins(original, layers, cuts)
     theirs, found, tokens = block_linears(dense), Found(r, "eora", sequential=True), sum(map(len, examples))
     old, new = _Side(dense), _Side(model)
-    handles = []
-    with torch.no_grad(), one_blas_thread(), _taken_off(handles):
-        lists = block_lists(model)
+    lists, done = block_lists(model), 0
+    with torch.no_grad(), one_blas_thread(), ExitStack() as beside:
         for name in lists:
             for side in (old, new):
                 side.enter(name, examples)
@@ -125,28 +124,20 @@ def sequential_compensation(
                 mine = {n: m for n, m in layers.items() if n.startswith(f"{name}.{number}.")}
                 old.advance(_block_of(origins, mine, name, number))
                 block, kind = new.blocks[number], new.kinds[number]
-                for group, _ in observed(block, kind, mine, new.batches[:1], lambda *_: None, None):
+                for group, _ in observed(block, kind, mine, new.batches[:1], lambda *_: None, None, OTHERS):
                     first = next(iter(group))
                     moments = _moments(old, new, theirs[origins[first].name], group[first], first)
                     damping = RIDGE * len(moments[0]) / tokens * moments[0].diagonal()
                     for layer_name, factors in _parts(group, origins, original, moments, damping, found, bool(cuts)).items():
-                        handles.append(put_beside(layers[layer_name], Recovery(*factors, "identity", 1.0)))
-                        progress(len(handles), len(layers), layer_name)
+                        beside.callback(put_beside(layers[layer_name], Recovery(*factors, "identity", 1.0)).remove)
+                        done += 1
+                        progress(done, len(layers), layer_name)
                 if name != lists[-1] or number + 1 < len(new.blocks):  # after the very last nothing runs
                     new.advance(number + 1)
             if name != lists[-1]:
                 old.advance(len(old.blocks))
     about = {"sequential": True, "documents": len(examples), "tokens": tokens}
     return found.saved(out) | about | {"seconds": time.perf_counter() - began}
-
-
-@contextmanager
-def _taken_off(handles: list) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _block_of(origins: dict[str, Origin], layers: dict[str, nn.Module], name: str, number: int) -> int:
