@@ -7,11 +7,11 @@ learning rates are per optimiser step.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from .settings_base import Natural, Positive, Rate, Settings, switched
+from .settings_base import Grown, Natural, Positive, Rate, Settings, switched
 from .settings_base import Share as Share
 from .settings_training import TrainOverride
 from .settings_training import TrainSettings as TrainSettings
@@ -136,12 +136,14 @@ class InheritSettings(Settings):
     from_: str | None = Field(None, alias="from", pattern=r"^(local|hf):.+", description="local:FOLDER or hf:ORG/NAME")
 
 
-class RecoverSettings(Settings):
+class RecoverSettings(Grown):
     """CPET's recovery modules beside every linear layer of the blocks: y = layer(x) + alpha / r * U2 act(U1 x).
 
     init: zero (CPET), or from the compression's error: svd, eora (arXiv 2410.21271); those two need act identity.
     sequential: eora block by block, each layer making up for what those before it left, too (restoring/sequential.py).
     """
+
+    later: ClassVar = ("sequential",)
 
     r: Positive = 16
     alpha: float | None = Field(None, gt=0, le=1e6, description="None: as r, so that the scale is 1")
@@ -181,7 +183,7 @@ class OtherTeacher(Settings):
     model: str
 
 
-class DistillSettings(Settings):
+class DistillSettings(Grown):
     """CPET's distillation: task loss + weight * MSE(student hidden, teacher hidden) over all non-padding positions.
 
     hidden: `last` is the normed last hidden state, `last_block_input` what enters the last block (the T5 code).
@@ -191,6 +193,8 @@ class DistillSettings(Settings):
     layers: `all` adds what every block gives, relative to the teacher's (restoring/layerwise.py). Encoder-decoder models have
         two weights.
     """
+
+    later: ClassVar = ("projection", "layers")
 
     weight: float = Field(1.0, ge=0, le=1e6)
     encoder_weight: float = Field(0.005, ge=0, le=1e6)
@@ -206,15 +210,6 @@ class DistillSettings(Settings):
         if self.layers == "all" and not isinstance(self.teacher, str):
             raise ValueError("layers: all compares blocks, and another model has others; teacher can be dense or compressed")
         return self
-
-    @model_serializer(mode="wrap")
-    def _plain(self, handler):
-        """Without later settings that have their defaults, so that the keys of results from before them stay the same."""
-        found = handler(self)
-        for name in ("projection", "layers"):
-            if getattr(self, name) == type(self).model_fields[name].default:
-                found.pop(name, None)
-        return found
 
 
 class RestoringSettings(Settings):

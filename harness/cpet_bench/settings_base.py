@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
 from pydantic.fields import FieldInfo
 
 
@@ -12,6 +12,17 @@ class Settings(BaseModel):
     """Closed and immutable: an unknown key is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+class Grown(Settings):
+    """Leaves out its later fields where they have their defaults, so that keys and records of before stay the same."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler):
+        unset = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return {k: v for k, v in handler(self).items() if k not in unset}
 
 
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_serializer
+from pydantic import Field
 
-from .settings_base import Natural, Positive, Rate, Settings, named, switched
+from .settings_base import Grown, Natural, Positive, Rate, Settings, named, switched
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,14 +23,6 @@ class EarlyStopSettings(Settings):
     documents: Positive = 100
 
 
-class Grown(Settings):
-    """Leaves out what it got later while that is unset, so that keys and records of before stay the same."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler):
-        return {k: v for k, v in handler(self).items() if v is not None or k not in ("batch_tokens", "early_stop")}
-
-
 class TrainSettings(Grown):
     """The one training loop. Defaults are the prototype's recipe for LoRA on a 135 M model.
 
@@ -39,6 +31,8 @@ class TrainSettings(Grown):
     order_seed: seed of the data order, shared by all seeds of the matrix.
     batch_tokens: instead of `batch`, as many documents of like length per step as fit into so many padded tokens.
     """
+
+    later: ClassVar = ("batch_tokens", "early_stop")
 
     steps: Natural = 40
     batch: Positive = 16
@@ -65,6 +59,8 @@ class TrainSettings(Grown):
 
 class TrainOverride(Grown):
     """Any part of TrainSettings; what is not named stays as the matrix's shared `train` has it. `early_stop: false` ends it."""
+
+    later: ClassVar = TrainSettings.later
 
     steps: named(Natural) = None
     batch: named(Positive) = None

@@ -1,6 +1,7 @@
 """Parts of sharing results: matrices that stand alone, paths taken out, metrics found anew, folders that appear whole."""
 
 import itertools
+import json
 import math
 import shutil
 from pathlib import Path
@@ -204,6 +205,15 @@ def test_references_are_as_a_run_writes_them(file):
         for cell in cells:
             body = {"id": cell.id, "axes": cell.axes, "settings": identity(cell)}
             assert references(body, plain(matrix), ids) == recorded(cell, ids)
+
+
+@pytest.mark.parametrize("name", ["cpet-ablation", "cpet-ablation-grid", "cpet-recipe", "pet-variants"])
+def test_settings_that_came_later_change_no_published_matrix(name):
+    """Where they have their defaults, or no run of today could be merged with what is published."""
+    folder = REPO / "results" / name
+    published = json.loads((folder / "run.json").read_text())["matrix"]
+    now = plain(load_matrix(folder / "matrix.yaml"))
+    assert {key: now[key] for key in published} == published
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
