@@ -22,6 +22,7 @@ PRIOR = {
     "teacher": (2.0, 0.05),
     "moments": (5.0, 0.2),
     "compensation": (30.0, 0.0),
+    "compensation sequential": (40.0, 0.5),
     "tune": (2.0, 0.11),
     "trial": (6.0, 0.13),
     "select": (0.5, 0.0),
@@ -44,6 +45,8 @@ def trait(step: Step) -> str:
     if step.kind in ("tune", "trial"):
         parts = [p for p in ("recover", "distill", "control") if p in s]
         return " ".join([step.kind, s["pet"]["method"], *parts])
+    if step.kind == "compensation" and s.get("sequential"):
+        return "compensation sequential"
     return step.kind
 
 
@@ -77,12 +80,13 @@ class Estimates:
             pass  # an estimate is a convenience; a full disk is reported by the step that needs it
 
     def _rows(self, step: Step) -> list[dict[str, Any]]:
-        return (self.seen.get(trait(step)) or self.seen.get(step.kind) or [])[-20:]
+        own = trait(step)
+        return (self.seen.get(own) or self.seen.get(own if own in PRIOR else step.kind) or [])[-20:]
 
     def seconds(self, step: Step) -> float:
         """Seconds on one worker: the prior's share of fixed and proportional cost, scaled to what was seen."""
-        fixed, each = PRIOR.get(step.kind, (5.0, 0.0))
         own = trait(step)
+        fixed, each = PRIOR.get(own) or PRIOR.get(step.kind, (5.0, 0.0))
         scale = self._scales.get(own)
         if scale is None:
             rows = self._rows(step)

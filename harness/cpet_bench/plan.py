@@ -322,19 +322,19 @@ class Planner:
 
     @once("model", "compression", "task")
     def _compensation(self, cell: Cell, recover: RecoverSettings) -> str:
-        compressed, (params, cuts, narrower) = self._compressed(cell), cut_by(cell)
+        compressed, (params, cuts, narrower), work = self._compressed(cell), cut_by(cell), 1
         needs, name = {"dense": self.model(cell), "model": compressed}, f"{cell.axes['model']} {cell.axes['compression']}"
         settings: dict[str, Any] = {"method": recover.init, "r": recover.r, "scale": recover.scale, **cuts}
         if recover.init == "eora":
-            own, work = plan_parts.calibration_settings(recover.calibration) | self.numeric, recover.calibration.documents
+            own, documents = plan_parts.calibration_settings(recover.calibration) | self.numeric, recover.calibration.documents
             pairs = self._calibration(cell, recover.calibration, "restoring", cell.axes["restoring"], "recover", "calibration")
             if recover.sequential:
-                needs["pairs"], settings = pairs, settings | own | {"sequential": 1}
+                needs["pairs"], settings, work = pairs, settings | own | {"sequential": 2}, documents
             else:
                 seen, of = (needs["dense"], cell.axes["model"]) if narrower else (compressed, name)
                 label, inner = f"input moments of {of}", {"model": seen, "pairs": pairs}
-                needs["moments"] = self.add("moments", own, inner, label, work=work)
-        return self.add("compensation", settings, needs, f"{recover.start} start for {name}", params=params)
+                needs["moments"] = self.add("moments", own, inner, label, work=documents)
+        return self.add("compensation", settings, needs, f"{recover.start} start for {name}", params=params, work=work)
 
     @once("compression", "pet", "restoring")
     def _probe_settings(self, cell: Cell) -> tuple[Fixed, tuple[str, ...]]:

@@ -74,7 +74,7 @@ def change_blocks(
                         for batch in batches:
                             batch["hidden"] = run_block(block, batch, kinds[i], device)[0]
                     elif name != lists[-1]:
-                        ended[name] = [run_block(block, batch, kinds[i], device) for batch in batches]
+                        ended[name] = [as_given(run_block(block, batch, kinds[i], device), batch) for batch in batches]
                 progress(done, total, f"block {done} of {total}")
 
 
@@ -228,9 +228,15 @@ def run_block(block, batch: dict[str, Any], kind: int = 0, device: str | None = 
     rest = batch["rest"][kind]
     home = None if device is None else batch["hidden"].device
     found = moved(block(moved(batch["hidden"], device), **moved(rest, device)), home)
-    if not isinstance(found, tuple):
+    batch["bare"] = not isinstance(found, tuple)
+    if batch["bare"]:
         return (found,)
     for place, name in enumerate(("position_bias", "encoder_decoder_position_bias"), start=1):
         if name in rest and place < len(found) and rest[name] is None:
             rest[name] = found[place]
     return found
+
+
+def as_given(output: tuple, batch: dict[str, Any]) -> Any:
+    """What a block gave, as the model around it expects it: of some (BART's) the hidden states alone, in no tuple."""
+    return output[0] if batch["bare"] else output

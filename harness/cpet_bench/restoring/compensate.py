@@ -227,13 +227,16 @@ def compensation(
 
 
 class Found:
-    """The factors of a compensation, layer by layer, and how much of the error they leave."""
+    """The factors of a compensation, layer by layer, and how much of the error they leave.
+
+    shares: by kind of layer, of each layer that has an error, how much of it is left.
+    """
 
     def __init__(self, r: int, method: str, sequential: bool = False):
         self.settings = RecoverSettings(r=r, act="identity", init=method, sequential=sequential)
         self.weights: dict[str, torch.Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
-        self._shares: dict[str, list[float]] = {}
+        self.shares: dict[str, list[float]] = {}
         self._whole = self._before = self._after = 0.0
 
     def factors(self, name: str, e: torch.Tensor, root: torch.Tensor | None) -> tuple:
@@ -246,12 +249,12 @@ class Found:
         """Mean squares of a layer's outputs: of themselves, and of their error before and after."""
         self._whole, self._before, self._after = self._whole + whole, self._before + before, self._after + after
         if before:
-            self._shares.setdefault(name.rpartition(".")[2], []).append(after / before)
+            self.shares.setdefault(name.rpartition(".")[2], []).append(after / before)
 
     def saved(self, out: Path) -> dict:
         """Facts, after the factors are written to `out`."""
         write(Path(out), self.weights, self.settings)
-        every = [share for shares in self._shares.values() for share in shares]
+        every = [share for shares in self.shares.values() for share in shares]
         return {
             "method": self.settings.init,
             "r": self.settings.r,
@@ -259,7 +262,7 @@ class Found:
             "error_before": self._before / self._whole,
             "error_after": self._after / self._whole,
             "left": sum(every) / len(every) if every else None,
-            "left_by_kind": {kind: sum(shares) / len(shares) for kind, shares in self._shares.items()},
+            "left_by_kind": {kind: sum(shares) / len(shares) for kind, shares in self.shares.items()},
         }
 
 

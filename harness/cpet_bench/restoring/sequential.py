@@ -5,7 +5,7 @@ not given what the dense one is: what all layers before it got wrong comes in, a
 enters the layer in the dense model, and x' what enters it in the compressed one when all that runs before it has its part
 already. Of all maps M of x',
 
-    E|W x - M x'|^2 + |(M - W_K) D^1/2|^2   is least at   M = W (A + D_K) (H + D)^-1,   A = E x x'T, H = E x' x'T.
+    E|W x - M x'|^2 + |(M - W_K) D^1/2|^2   is least at   M = W_K + (W A - W_K H) (H + D)^-1,   A = E x x'T, H = E x' x'T.
 
 K are the inputs that are left (all, but for structured pruning, whose lost inputs are so predicted from the others). D is a
 ridge, as in lost_inputs.py: few tokens say little, and M then stays near W. The error is E = M - W', and its rank-r part is
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compression.blockwise import first_inputs, kinds_of, observed, run_block
+from ..compression.blockwise import as_given, first_inputs, kinds_of, observed, run_block
 from ..compression.streaming import Whole
-from ..errors import Unsupported
+from ..errors import StepFailed, Unsupported
 from ..models.arch import block_linears, block_lists, dense_weight
 from ..models.loading import load_model
 from . import lost_inputs
@@ -58,11 +58,13 @@ class _Side:
     def advance(self, to: int) -> None:
         """Run blocks until `to` (the first block that was not run); after the last, what it gives is kept for the next list."""
         for number in range(self.at, to):
-            outputs = [run_block(self.blocks[number], batch, self.kinds[number]) for batch in self.batches]
-            for batch, output in zip(self.batches, outputs, strict=True):
+            ends = []
+            for batch in self.batches:
+                output = run_block(self.blocks[number], batch, self.kinds[number])
                 batch["hidden"] = output[0]
-            if number + 1 == len(self.blocks):
-                self.ended[self.name] = outputs
+                if number + 1 == len(self.blocks):
+                    ends.append(as_given(output, batch))
+            self.ended |= {self.name: ends} if ends else {}
         self.at = to
 
     def read(self, layer: nn.Module, batch: dict[str, Any], name: str) -> torch.Tensor:
@@ -108,7 +110,8 @@ def sequential_compensation(
 
     Returns: facts: as `compensation`, and sequential, documents, tokens. Errors are those against what the dense layer gives on
         its own inputs; before: without the layer's own part, and with those of all that run before it.
-    Raises: Unsupported: a layer that not all tokens go through, or other layers than the dense model has.
+    Raises: Unsupported: a layer that not all tokens go through, other layers than the dense model has, or no error to make up
+        where something was cut. StepFailed: inputs that are not finite.
     """
     began = time.perf_counter()
     original, layers = block_linears(load_model(Path(folder))), block_linears(model)
@@ -136,6 +139,8 @@ def sequential_compensation(
                     new.advance(number + 1)
             if name != lists[-1]:
                 old.advance(len(old.blocks))
+    if cuts and not any(found.shares.values()):
+        raise Unsupported("each layer that is left gives what it did, so there is no error to make up")
     about = {"sequential": True, "documents": len(examples), "tokens": tokens}
     return found.saved(out) | about | {"seconds": time.perf_counter() - began}
 
@@ -149,15 +154,18 @@ def _block_of(origins: dict[str, Origin], layers: dict[str, nn.Module], name: st
 
 def _moments(old: _Side, new: _Side, was: nn.Module, layer: nn.Module, name: str) -> tuple[torch.Tensor, ...]:
     """(H = E x' x'T, A = E x x'T, B = E x xT) over all tokens, fp32: x as the dense layer reads it, x' as this one does."""
-    sums: list[torch.Tensor] | None = None
+    sums: list[torch.Tensor] = []
     tokens = 0
     for theirs, ours in zip(old.batches, new.batches, strict=True):
         here = new.read(layer, ours, name)
         x = old.read(was, theirs, name).to(here.device)
-        products = (here.t() @ here, x.t() @ here, x.t() @ x)
-        sums = [a.add_(b) for a, b in zip(sums, products, strict=True)] if sums else list(products)
+        sums = sums or [here.new_zeros(a.shape[1], b.shape[1]) for a, b in ((here, here), (x, here), (x, x))]
+        for total, a, b in zip(sums, (here, x, x), (here, here, x), strict=True):
+            total.addmm_(a.t(), b)
         tokens += len(here)
-    return tuple(total / tokens for total in sums or ())
+    if not all(bool(total.isfinite().all()) for total in sums):
+        raise StepFailed(f"the inputs of {name} are not finite")
+    return tuple(total.div_(tokens) for total in sums)
 
 
 def _parts(
@@ -173,10 +181,11 @@ def _parts(
     h, across, whole = moments
     kept = origins[next(iter(group))].inputs
     kept = list(range(len(h))) if kept is None else list(kept)
-    root = moment_root(h + damping.diag())
-    near = across.clone()
-    near[kept, range(len(kept))] += damping
-    predicted = torch.cholesky_solve(near.double().t(), root.double()).t().float()  # (inputs of the dense layer x in)
+    root = moment_root(h + damping.diag())  # raised where inputs hardly go: there M stays W, since what is added to it is 0
+    apart = across.clone()
+    apart[kept] -= h
+    predicted = torch.cholesky_solve(apart.double().t(), root.double()).t().float()  # (inputs of the dense layer x in)
+    predicted[kept, range(len(kept))] += 1
     parts = {}
     for name, layer in group.items():
         compressed = dense_weight(layer)
