@@ -56,6 +56,25 @@ def test_block_by_block_wherever_hidden_states_wait(tmp_path, monkeypatch, arch)
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_a_sequential_start_is_that_of_a_processor(tmp_path, arch):
+    from compressed import compress, documents
+    from cpet_bench.compression.magnitude import Magnitude
+    from cpet_bench.models import tiny
+    from cpet_bench.models.loading import load_model
+    from cpet_bench.restoring.sequential import sequential_compensation
+
+    tiny.make(arch, tiny.DEFAULTS, tmp_path / "dense")
+    compress(Magnitude, tmp_path / "dense", tmp_path / "pruned", None, "cpu", pattern="2:4")
+    facts = []
+    for device in ("cpu", "cuda:0"):
+        dense, pruned = (load_model(tmp_path / name, device=device) for name in ("dense", "pruned"))
+        how = (4, tmp_path / device.partition(":")[0], lambda *_: None)
+        facts.append(sequential_compensation(dense, tmp_path / "dense", pruned, documents(), *how))
+    for name in ("error_before", "error_after", "left"):
+        assert facts[1][name] == pytest.approx(facts[0][name], rel=1e-2)
+
+
 def _no(*args):
     from cpet_bench.compression.streaming import NotStreamed
 
