@@ -50,6 +50,11 @@ def trait(step: Step) -> str:
     return step.kind
 
 
+def _like(own: str, kind: str) -> str:
+    """What a step of trait `own` is like before one of its trait was seen: its kind, or a trait with a prior only itself."""
+    return own if own in PRIOR else kind
+
+
 class Estimates:
     """Seconds, bytes of memory and of disk by step."""
 
@@ -65,7 +70,7 @@ class Estimates:
             try:
                 row = json.loads(line)
                 self.seen[row["trait"]].append(row)
-                self.seen[row["kind"]].append(row)
+                self.seen[_like(row["trait"], row["kind"])].append(row)
             except (ValueError, KeyError):
                 continue  # a line cut off by a kill
 
@@ -81,12 +86,12 @@ class Estimates:
 
     def _rows(self, step: Step) -> list[dict[str, Any]]:
         own = trait(step)
-        return (self.seen.get(own) or self.seen.get(own if own in PRIOR else step.kind) or [])[-20:]
+        return (self.seen.get(own) or self.seen.get(_like(own, step.kind)) or [])[-20:]
 
     def seconds(self, step: Step) -> float:
         """Seconds on one worker: the prior's share of fixed and proportional cost, scaled to what was seen."""
         own = trait(step)
-        fixed, each = PRIOR.get(own) or PRIOR.get(step.kind, (5.0, 0.0))
+        fixed, each = PRIOR.get(_like(own, step.kind), (5.0, 0.0))
         scale = self._scales.get(own)
         if scale is None:
             rows = self._rows(step)

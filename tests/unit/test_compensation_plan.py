@@ -1,11 +1,14 @@
 """What a compensated start is made from, by what the compression took."""
 
+import pytest
 from made_plans import MACHINE
 
 from conftest import SMOKE
 from cpet_bench.cells import expand
+from cpet_bench.estimates import Estimates
 from cpet_bench.matrix import load_matrix
 from cpet_bench.plan import Planner
+from cpet_bench.store import Store
 
 PLANNED = """
 extends: {smoke}
@@ -53,3 +56,9 @@ def test_a_sequential_start_reads_the_text_itself(tmp_path):
         assert start.needs.keys() == {"dense", "model", "pairs" if restoring == "seq" else "moments"}
         assert {"sequential", "documents", "seed"} <= start.settings.keys() or restoring == "eora"
         assert bool(start.settings.get("cuts")) == (compression in ("narrow", "twice", "short"))
+    store = Store(str(tmp_path / "store"))
+    (tmp_path / "store").mkdir()  # where times are kept
+    plain, sequential = starts["pruned", "eora"], starts["pruned", "seq"]
+    assert Estimates(store).seconds(sequential) > 100 > Estimates(store).seconds(plain) == 30  # it runs models over the text
+    Estimates(store).learn(sequential, 5000.0, 1, 1)
+    assert Estimates(store).seconds(plain) == 30 and Estimates(store).seconds(sequential) == pytest.approx(5000)
