@@ -32,6 +32,13 @@ def sequential(source, model, r, out, cuts=None):
     return sequential_compensation(load_model(source), source, model, DOCUMENTS, r, out, quiet, cuts)
 
 
+def written(model, folders, out):
+    model.save_pretrained(out)
+    for file in (folders / "llama").glob("*token*"):
+        shutil.copy(file, out / file.name)
+    return out
+
+
 @torch.no_grad()
 def answers(model, documents=OTHER):
     """Logits of text that was not calibrated on, (tokens x vocabulary)."""
@@ -67,7 +74,7 @@ def test_each_layer_is_the_ridge_regression_on_what_reaches_it(folders, tmp_path
             a, b = torch.cat([x, ridge]), torch.cat([wanted, ridge @ w[:, kept].t()])
             least = torch.linalg.lstsq(a, b).solution.t()
             e = least - own[here]
-            q, s, _ = torch.linalg.svd(e @ a.t(), full_matrices=False)
+            q, _, _ = torch.linalg.svd(e @ a.t(), full_matrices=False)
             best = q[:, :r] @ q[:, :r].t() @ e
             scale = (a @ w[:, kept].t()).square().sum()
             assert (a @ (part - best).t()).square().sum() < 1e-5 * scale, here
@@ -142,10 +149,7 @@ def test_inputs_that_hardly_go_keep_their_weights(folders, tmp_path, inputs):
             for layer in dense.model.layers:
                 layer.self_attn.o_proj.weight[5:9] = layer.mlp.down_proj.weight[5:9] = 0
             dense.model.embed_tokens.weight[:200, 5:9] = 0
-    source = tmp_path / "dense"
-    dense.save_pretrained(source)
-    for file in (folders / "llama").glob("*token*"):
-        shutil.copy(file, source / file.name)
+    source = written(dense, folders, tmp_path / "dense")
     other = [[int(i) for i in torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(n))] for n in range(16)]
     wanted = answers(dense, other)
     same = load_model(source)
@@ -170,10 +174,7 @@ def test_blocks_that_give_no_tuple(folders, tmp_path):
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 128, "init_std": 0.08}
     torch.manual_seed(0)
     dense = BartForConditionalGeneration(BartConfig(vocab_size=512, decoder_start_token_id=2, **how, **heads)).eval()
-    source = tmp_path / "dense"
-    dense.save_pretrained(source)
-    for file in (folders / "llama").glob("*token*"):
-        shutil.copy(file, source / file.name)
+    source = written(dense, folders, tmp_path / "dense")
     model, cuts = made(source, tmp_path, PRUNED)
     wanted, plain = answers(dense), answers(model)
     facts = sequential(source, model, 8, tmp_path / "out", cuts)

@@ -72,9 +72,9 @@ def change_blocks(
                     done += 1
                     if i + 1 < len(blocks):
                         for batch in batches:
-                            batch["hidden"] = run_block(block, batch, kinds[i], device)[0]
+                            batch["hidden"] = hidden_of(run_block(block, batch, kinds[i], device))
                     elif name != lists[-1]:
-                        ended[name] = [as_given(run_block(block, batch, kinds[i], device), batch) for batch in batches]
+                        ended[name] = [run_block(block, batch, kinds[i], device) for batch in batches]
                 progress(done, total, f"block {done} of {total}")
 
 
@@ -99,18 +99,14 @@ def observed(
 
     def look(name: str):
         def hook(module, args):
-            x, real = args[0], now["real"]
+            x = args[0]
             if name not in leader:
                 leader[name] = first.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype, x._version), name)
                 alive.append(x)
             if leader[name] != name:
                 return
-            flat = x.reshape(-1, x.shape[-1])
-            if len(flat) != real.numel():
-                raise Unsupported(
-                    f"not every token goes through {name}, so what it reads is not the calibration text; {instead}"
-                )
-            statistics[name] = observe(statistics.get(name), flat[real.reshape(-1).to(x.device)].float())
+            rows = read(x, now["real"], name, f"what it reads is not the calibration text; {instead}")
+            statistics[name] = observe(statistics.get(name), rows)
 
         return hook
 
@@ -127,6 +123,17 @@ def observed(
     if unused:
         raise Unsupported(f"no input reaches {', '.join(unused[:6])}, so it cannot be changed by what it reads; {instead}")
     return [({n: layers[n] for n in layers if leader[n] == name}, found) for name, found in statistics.items()]
+
+
+def read(x: torch.Tensor, real: torch.Tensor, name: str, otherwise: str) -> torch.Tensor:
+    """What layer `name` reads of the text, (tokens x in) in fp32, of its input `x` where `real` says that tokens stand.
+
+    Raises Unsupported, with what is so `otherwise`, where not all tokens go through it.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) != real.numel():
+        raise Unsupported(f"not every token goes through {name}, so {otherwise}")
+    return flat[real.reshape(-1).to(x.device)].float()
 
 
 def first_inputs(opened: Whole, name: str, examples: list[list[int]], ended: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -219,8 +226,8 @@ def moved(value: Any, device: str | torch.device | None) -> Any:
     return type(value)(moved(v, device) for v in value) if type(value) in (tuple, list) else value
 
 
-def run_block(block, batch: dict[str, Any], kind: int = 0, device: str | None = None) -> tuple:
-    """What the block gives for one batch of `first_inputs`, the hidden states first; `kind` is the first block of its kind.
+def run_block(block, batch: dict[str, Any], kind: int = 0, device: str | None = None) -> torch.Tensor | tuple:
+    """What the block gives for one batch of `first_inputs`, as it gives it; `kind` is the first block of its kind.
 
     device: where the batch goes for it (None: where it is); the result is where the batch was.
     T5's first block makes the position biases that all others are given: they stay in the batch.
@@ -228,15 +235,14 @@ def run_block(block, batch: dict[str, Any], kind: int = 0, device: str | None = 
     rest = batch["rest"][kind]
     home = None if device is None else batch["hidden"].device
     found = moved(block(moved(batch["hidden"], device), **moved(rest, device)), home)
-    batch["bare"] = not isinstance(found, tuple)
-    if batch["bare"]:
-        return (found,)
+    if not isinstance(found, tuple):
+        return found
     for place, name in enumerate(("position_bias", "encoder_decoder_position_bias"), start=1):
         if name in rest and place < len(found) and rest[name] is None:
             rest[name] = found[place]
     return found
 
 
-def as_given(output: tuple, batch: dict[str, Any]) -> Any:
-    """What a block gave, as the model around it expects it: of some (BART's) the hidden states alone, in no tuple."""
-    return output[0] if batch["bare"] else output
+def hidden_of(given: torch.Tensor | tuple) -> torch.Tensor:
+    """The hidden states of what a block gives: the first of several things, or (BART's blocks) all that it gives."""
+    return given[0] if isinstance(given, tuple) else given

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..compression.blockwise import grouped
+from ..compression.blockwise import grouped, read
 from ..errors import StepFailed, Unsupported
 from ..models.arch import block_linears, body, dense_weight, features
 from ..models.loading import load_model
@@ -131,11 +131,7 @@ def _run(model: nn.Module, documents: list[list[int]], keep: dict[str, torch.Ten
 
 def _add_product(name: str, sums: dict[str, torch.Tensor], keep: dict[str, torch.Tensor]):
     def hook(module, args):
-        x, real = args[0], keep["real"]
-        x = x.reshape(-1, x.shape[-1])
-        if len(x) != real.numel():
-            raise Unsupported(f"not every token goes through {name}, so its input moments are not those of the text")
-        x = x[real.reshape(-1).to(x.device)].float()
+        x = read(args[0], keep["real"], name, "its input moments are not those of the text")
         if name in sums:
             sums[name].addmm_(x.t(), x)
         else:

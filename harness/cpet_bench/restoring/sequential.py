@@ -16,6 +16,7 @@ quantised weights, here of low-rank factors beside them.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compression.blockwise import as_given, first_inputs, kinds_of, observed, run_block
+from ..compression.blockwise import first_inputs, hidden_of, kinds_of, observed, read, run_block
 from ..compression.streaming import Whole
 from ..errors import StepFailed, Unsupported
 from ..models.arch import block_linears, block_lists, dense_weight
@@ -46,13 +47,13 @@ class _Side:
     """One of the two models, run block by block over the same documents, a list of blocks (encoder, decoder) at a time."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.opened = model, Whole(model, Path(), Path(), "it is resident")
+        self.opened = Whole(model, Path(), Path(), "it is resident")
         self.ended: dict[str, list[Any]] = {}
 
     def enter(self, name: str, examples: list[list[int]]) -> None:
         """Go to before the first block of the list `name`."""
-        self.name, self.blocks, self.at = name, self.model.get_submodule(name), 0
-        self.kinds = kinds_of(self.model, len(self.blocks))
+        self.name, self.blocks, self.at = name, self.opened.model.get_submodule(name), 0
+        self.kinds = kinds_of(self.opened.model, len(self.blocks))
         self.batches = first_inputs(self.opened, name, examples, self.ended)
 
     def advance(self, to: int) -> None:
@@ -60,12 +61,19 @@ class _Side:
         for number in range(self.at, to):
             ends = []
             for batch in self.batches:
-                output = run_block(self.blocks[number], batch, self.kinds[number])
-                batch["hidden"] = output[0]
+                given = run_block(self.blocks[number], batch, self.kinds[number])
+                batch["hidden"] = hidden_of(given)
                 if number + 1 == len(self.blocks):
-                    ends.append(as_given(output, batch))
+                    ends.append(given)
             self.ended |= {self.name: ends} if ends else {}
         self.at = to
+
+    def groups(self) -> list[dict[str, nn.Module]]:
+        """The linear layers of the block at hand by name, those together that read the same, in the order they run."""
+        prefix = f"{self.name}.{self.at}."
+        mine = {name: layer for name, layer in self.opened.layers.items() if name.startswith(prefix)}
+        block, kind = self.blocks[self.at], self.kinds[self.at]
+        return [group for group, _ in observed(block, kind, mine, self.batches[:1], lambda *_: None, None, OTHERS)]
 
     def read(self, layer: nn.Module, batch: dict[str, Any], name: str) -> torch.Tensor:
         """What `layer` of the block at hand reads for a batch, (tokens x in) in fp32, padding left out."""
@@ -84,10 +92,7 @@ class _Side:
             handle.remove()
         if not seen:
             raise Unsupported(f"no input reaches {name} of the dense model, so there is nothing that it should give; {OTHERS}")
-        flat, real = seen[0].reshape(-1, seen[0].shape[-1]), batch["real"].reshape(-1)
-        if len(flat) != real.numel():
-            raise Unsupported(f"not every token goes through {name}, so what it reads is not the calibration text; {OTHERS}")
-        return flat[real.to(flat.device)].float()
+        return read(seen[0], batch["real"], name, f"what it reads is not the calibration text; {OTHERS}")
 
 
 def sequential_compensation(
@@ -114,42 +119,39 @@ def sequential_compensation(
         where something was cut. StepFailed: inputs that are not finite.
     """
     began = time.perf_counter()
-    original, layers = block_linears(load_model(Path(folder))), block_linears(model)
+    original, old, new = block_linears(load_model(Path(folder))), _Side(dense), _Side(model)
+    theirs, layers, tokens = old.opened.layers, new.opened.layers, sum(map(len, examples))
     origins = lost_inputs.origins(original, layers, cuts)
-    theirs, found, tokens = block_linears(dense), Found(r, "eora", sequential=True), sum(map(len, examples))
-    old, new = _Side(dense), _Side(model)
-    lists, done = block_lists(model), 0
+    found, done = Found(r, "eora", sequential=True), 0
     with torch.no_grad(), one_blas_thread(), ExitStack() as beside:
-        for name in lists:
-            for side in (old, new):
-                side.enter(name, examples)
-            for number in range(len(new.blocks)):
-                mine = {n: m for n, m in layers.items() if n.startswith(f"{name}.{number}.")}
-                old.advance(_block_of(origins, mine, name, number))
-                block, kind = new.blocks[number], new.kinds[number]
-                for group, _ in observed(block, kind, mine, new.batches[:1], lambda *_: None, None, OTHERS):
-                    first = next(iter(group))
-                    moments = _moments(old, new, theirs[origins[first].name], group[first], first)
-                    damping = RIDGE * len(moments[0]) / tokens * moments[0].diagonal()
-                    for layer_name, factors in _parts(group, origins, original, moments, damping, found, bool(cuts)).items():
-                        beside.callback(put_beside(layers[layer_name], Recovery(*factors, "identity", 1.0)).remove)
-                        done += 1
-                        progress(done, len(layers), layer_name)
-                if name != lists[-1] or number + 1 < len(new.blocks):  # after the very last nothing runs
-                    new.advance(number + 1)
-            if name != lists[-1]:
-                old.advance(len(old.blocks))
+        for group in _in_turn(old, new, examples, cuts):
+            first = next(iter(group))
+            moments = _moments(old, new, theirs[origins[first].name], group[first], first)
+            for name, factors in _parts(group, origins, original, moments, tokens, found, bool(cuts)).items():
+                beside.callback(put_beside(layers[name], Recovery(*factors, "identity", 1.0)).remove)
+                done += 1
+                progress(done, len(layers), name)
     if cuts and not any(found.shares.values()):
         raise Unsupported("each layer that is left gives what it did, so there is no error to make up")
     about = {"sequential": True, "documents": len(examples), "tokens": tokens}
     return found.saved(out) | about | {"seconds": time.perf_counter() - began}
 
 
-def _block_of(origins: dict[str, Origin], layers: dict[str, nn.Module], name: str, number: int) -> int:
-    """Which block of the dense model block `number` of the list `name` was."""
-    for here in layers:
-        return int(origins[here].name[len(name) + 1 :].partition(".")[0])
-    return number
+def _in_turn(old: _Side, new: _Side, examples: list[list[int]], cuts: Cuts | None) -> Iterator[dict[str, nn.Module]]:
+    """Layers of `new` that read the same, in the order they run, with both models before the block that they are in."""
+    lists = block_lists(new.opened.model)
+    for name in lists:
+        for side in (old, new):
+            side.enter(name, examples)
+        count = len(new.blocks)
+        places = sorted(cuts.blocks[name]) if cuts and name in cuts.blocks else range(count)
+        for number, place in enumerate(places):
+            old.advance(place)
+            yield from new.groups()
+            if name != lists[-1] or number + 1 < count:  # after the very last nothing runs
+                new.advance(number + 1)
+        if name != lists[-1]:
+            old.advance(len(old.blocks))
 
 
 def _moments(old: _Side, new: _Side, was: nn.Module, layer: nn.Module, name: str) -> tuple[torch.Tensor, ...]:
@@ -173,7 +175,7 @@ def _parts(
     origins: dict[str, Origin],
     original: dict[str, nn.Module],
     moments: tuple[torch.Tensor, ...],
-    damping: torch.Tensor,
+    tokens: int,
     found: Found,
     cut: bool,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -181,25 +183,22 @@ def _parts(
     h, across, whole = moments
     kept = origins[next(iter(group))].inputs
     kept = list(range(len(h))) if kept is None else list(kept)
+    damping = RIDGE * len(h) / tokens * h.diagonal()
     root = moment_root(h + damping.diag())  # raised where inputs hardly go: there M stays W, since what is added to it is 0
     apart = across.clone()
     apart[kept] -= h
     predicted = torch.cholesky_solve(apart.double().t(), root.double()).t().float()  # (inputs of the dense layer x in)
     predicted[kept, range(len(kept))] += 1
-    parts = {}
+    exact, parts = h.double(), {}
     for name, layer in group.items():
         compressed = dense_weight(layer)
         w = dense_weight(original[origins[name].name]).to(compressed.device)
         w = lost_inputs.as_it_was(w, origins[name], layer) if cut else w
         u1, u2, _ = found.factors(name, w @ predicted - compressed, root)
-        size = float(((w @ whole) * w).sum())
-        seen = (w @ across).double()
-
-        def error(m: torch.Tensor, size=size, seen=seen) -> float:
-            m = m.double()
-            left = size - 2 * float((seen * m).sum()) + float(((m @ h.double()) * m).sum())
-            return left if left > NOISE * size else 0.0
-
-        found.count(name, size, error(compressed), error(compressed + u2 @ u1))
+        size, seen, errors = float(((w @ whole) * w).sum()), (w @ across).double(), []
+        for m in (compressed.double(), (compressed + u2 @ u1).double()):
+            left = size - 2 * float((seen * m).sum()) + float(((m @ exact) * m).sum())
+            errors.append(left if left > NOISE * size else 0.0)
+        found.count(name, size, *errors)
         parts[name] = (u1, u2)
     return parts
